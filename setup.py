@@ -1,0 +1,44 @@
+"""Packaging of igulora. The kernels live in ``kernels/`` at the root and install as ``igulora.kernels``, never as ``kernels``."""
+
+from setuptools import find_packages, setup
+
+DEMO = [
+    "transformers>=5.0",
+    "gguf>=0.17",  # reads the GGUF file of the demo's model
+    "rich>=13",
+    "matplotlib>=3.8",
+    "pyarrow>=15",
+]
+PEFT = ["peft==0.21.*"]  # the version whose AdaLoRA ours is compared with, number by number
+
+setup(
+    name="igulora",
+    version="0.1.0",
+    description="Adaptive-rank fine-tuning (IGU-LoRA, AdaLoRA) at the cost of plain LoRA",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["igulora", "igulora.*"]), "igulora.kernels"],
+    package_dir={"igulora": "igulora", "igulora.kernels": "kernels"},
+    package_data={"igulora": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
+    ],
+    extras_require={
+        "demo": DEMO,
+        "hf": ["transformers>=5.0", "peft>=0.21", "accelerate>=1.0", "datasets>=4.0"],
+        "test": [*DEMO, *PEFT, "pytest>=8.1", "hypothesis>=6.100"],
+        "bench": [*DEMO, *PEFT],
+        "lint": ["ruff>=0.12", "mypy>=1.15"],
+    },
+    entry_points={"console_scripts": ["igulora=igulora.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Intended Audience :: Science/Research",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
