@@ -1,0 +1,150 @@
+"""adapt, merge, unmerge and remove: adapters into a model and out again, by replacing modules in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .bank import Bank, find_bank
+from .config import IGUConfig
+from .context import PathContext
+from .layers import FusedSVDLinear, SavedModule
+from .targets import find_saved, find_targets
+
+
+def _rank_of(name: str, config: IGUConfig) -> int:
+    for ending, rank in config.rank_pattern.items():
+        if name == ending or name.endswith("." + ending):
+            return rank
+    return config.initial_rank
+
+
+def _replace(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
+    """Put ``swaps[id(module)]`` in the place of every module, wherever it occurs."""
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if child is not None and id(child) in swaps and parent is not swaps[id(child)]:
+                parent._modules[child_name] = swaps[id(child)]
+
+
+def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
+    """Inject adapters into ``model`` in place and freeze everything else; returns the same model.
+
+    The linear layers that ``config.target_modules`` names become :class:`FusedSVDLinear`, the modules of ``modules_to_save`` get a trained
+    copy. At the start the outputs equal the base model's. All checks come before the first change.
+
+    Args:
+        model: any module; a bare ``nn.Linear`` cannot be replaced in itself: make a ``FusedSVDLinear`` of it.
+        config: what to adapt and how.
+
+    Raises:
+        TypeError: ``config`` is not an IGUConfig or ``model`` not a module.
+        ValueError: no target matched, the model is adapted already, targets lie on several devices, or a name matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, IGUConfig):
+        raise TypeError(f"expected an IGUConfig, got {type(config).__name__}; build one with igulora.IGUConfig(...)")
+    if any(isinstance(m, (FusedSVDLinear, SavedModule)) for m in model.modules()):
+        raise ValueError(
+            "expected a model without igulora adapters, got one adapted already; "
+            "call igulora.remove(model) first, or go on with the adapters it has"
+        )
+    if any(hasattr(m, "lora_A") for m in model.modules()):
+        raise ValueError(
+            "expected a plain model, got one with PEFT adapters; merge them first (model = model.merge_and_unload())"
+        )
+    saved = find_saved(model, config)
+    names = find_targets(model, config, saved)
+    modules = dict(model.named_modules())
+    devices = sorted({str(modules[n].weight.device) for n in names})
+    if len(devices) > 1:
+        raise ValueError(f"expected all target layers on one device, got {', '.join(devices)}; move the model to one first")
+
+    generator = torch.Generator().manual_seed(config.seed)
+    layers = []
+    for name in names:
+        rank = _rank_of(name, config)
+        layer = FusedSVDLinear(
+            modules[name],
+            r=rank,
+            dropout=config.dropout,
+            init=config.init or "orthonormal",
+            init_lambda=config.init_lambda,
+            generator=generator,
+        )
+        layer.scale = config.scale
+        layer.train(modules[name].training)
+        layers.append(layer)
+    context = PathContext(needs_controller=config.adaptive)
+    swaps: dict[int, nn.Module] = {id(modules[n]): layer for n, layer in zip(names, layers, strict=True)}
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.lora_P.requires_grad_(True)
+        layer.lora_Q.requires_grad_(True)
+    for name in saved:
+        swaps[id(modules[name])] = SavedModule(modules[name], context).train(modules[name].training)
+    _replace(model, swaps)
+    model.igulora_bank = Bank(names, layers, context)  # type: ignore[assignment]
+    model.igulora_config = config  # type: ignore[assignment]
+    return model
+
+
+def adapted_layers(model: nn.Module) -> Iterable[FusedSVDLinear]:
+    """The adapted layers of ``model`` in bank order."""
+    return find_bank(model).layers
+
+
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """The modules trained whole, by full name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SavedModule)}
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every update into its base weight, so that a forward costs what the base model's costs; returns the model.
+
+    Raises:
+        ValueError: the model is not adapted, or is merged already.
+    """
+    layers = list(adapted_layers(model))
+    if any(layer.merged for layer in layers):
+        raise ValueError("expected an unmerged model, got a merged one; call igulora.unmerge(model) first")
+    for layer in layers:
+        layer.merge()
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Take the updates out of the base weights again (exact up to rounding of the weights' dtype); returns the model.
+
+    Raises:
+        ValueError: the model is not adapted, or not merged.
+    """
+    layers = list(adapted_layers(model))
+    if not all(layer.merged for layer in layers):
+        raise ValueError("expected a merged model, got an unmerged one; call igulora.merge(model) first")
+    for layer in layers:
+        layer.unmerge()
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take the adapters out and put the plain modules back; returns the model.
+
+    After :func:`merge` the trained weights stay (updates in the base weights, trained copies of the modules to save); without it the
+    base model returns. Parameters stay frozen.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    layers = list(adapted_layers(model))
+    merged = bool(layers) and all(layer.merged for layer in layers)
+    swaps: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in layers}
+    for saved in saved_modules(model).values():
+        swaps[id(saved)] = saved.module.requires_grad_(False) if merged else saved.original
+    _replace(model, swaps)
+    del model.igulora_bank
+    del model.igulora_config
+    return model

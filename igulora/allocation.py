@@ -1,0 +1,93 @@
+"""Allocation: budget schedule x policy -> which triplets live, written to masks and lambdas on the device (ALGORITHMS 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .bank import Bank
+from .budget import BudgetSchedule
+from .config import MIN_UPDATES, IGUConfig
+from .importance import Importance
+from .kernels import allocate_triplets
+
+
+def _score_policy(bank: Bank, importance: Importance, config: IGUConfig) -> Tensor:
+    if importance.updates < MIN_UPDATES:
+        raise ValueError(
+            f"expected at least {MIN_UPDATES} score updates before an allocation, got {importance.updates}: after the first every "
+            "weight scores the same. Allocate later (t_init), or score more often (window)"
+        )
+    return importance.triplet_scores()
+
+
+def _magnitude_policy(bank: Bank, importance: Importance, config: IGUConfig) -> Tensor:
+    return bank.lambdas.abs()
+
+
+def _random_policy(bank: Bank, importance: Importance, config: IGUConfig) -> Tensor:
+    # Drawn for all triplets of the start and the same at every allocation: chance decides once who dies.
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.rand(bank.triplets, generator=generator).to(bank.device, bank.dtype)
+
+
+# Scores (triplets,) that the top-b choice is made by, per method. The last two are the controls of ALGORITHMS 6.
+POLICIES: dict[str, Callable[[Bank, Importance, IGUConfig], Tensor]] = {
+    "igu": _score_policy,
+    "adalora": _score_policy,
+    "magnitude": _magnitude_policy,
+    "random": _random_policy,
+}
+
+
+class Allocator:
+    """Prunes the weakest triplets of the whole model to the budget of a step.
+
+    Args:
+        bank: the triplets.
+        config: reads the budget and pruning options.
+        initial: budget before pruning (of the uncompacted model); the bank's own by default.
+    """
+
+    def __init__(self, bank: Bank, config: IGUConfig, initial: int | None = None) -> None:
+        self.bank, self.config = bank, config
+        by_parameters = config.budget_unit == "parameters"
+        if by_parameters:
+            per_rank = sum(layer.in_features + layer.out_features for layer in bank.layers)
+            stored = int(bank.cost.sum())
+        else:
+            per_rank, stored = len(bank.layers), bank.triplets
+        self.schedule = BudgetSchedule(
+            initial=stored if initial is None else initial,
+            target=min(config.target_rank * per_rank, stored if initial is None else initial),
+            t_init=config.t_init or 0,
+            t_end=config.prunes_until,
+            delta_t=config.delta_t or 1,
+        )
+
+    @torch.no_grad()
+    def allocate(self, importance: Importance, step: int) -> None:
+        """Choose b(step) triplets and write live mask, lambdas and, once ranks are fixed, the masks of the layers.
+
+        Raises:
+            ValueError: the policy needs scores and fewer than three updates were made.
+        """
+        bank, config = self.bank, self.config
+        scores = POLICIES[config.method](bank, importance, config)
+        budget = torch.tensor(self.schedule.budget(step), dtype=torch.int64)
+        if bank.device.type == "cuda":
+            budget = budget.pin_memory().to(bank.device, non_blocking=True)
+        live = allocate_triplets(
+            scores,
+            budget,
+            bank.layer_index,
+            eligible=bank.live > 0 if config.prune == "hard" else None,
+            costs=bank.cost if config.budget_unit == "parameters" else None,
+            min_rank=config.min_rank,
+        )
+        bank.live.copy_(live)
+        bank.lambdas.mul_(live)  # soft: a pruned lambda is 0 now and may grow back until the next allocation
+        if config.prune == "hard" or self.schedule.phase(step) == "final":
+            bank.mask.copy_(live)

@@ -1,0 +1,312 @@
+"""Bank: all triplets of a model in flat buffers, of which the module parameters are views.
+
+Layout of a buffer: P and Q matrices sorted by row length, then rank, then module, so that rows of one length form one matrix (what
+scoring walks over) and matrices of one shape form one batch (what the orthogonality penalty walks over); the lambdas of all modules
+come last. Triplets are numbered by module, then row; the row table maps every stored row to (offset, length, triplet).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .context import PathContext
+from .layers import FusedSVDLinear
+
+_ALIGN = 64  # elements: every region starts on a 256-byte boundary, so that kernels may use 16-byte accesses
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Where a matrix of one layer lies in a flat buffer."""
+
+    slot: int
+    name: str
+    offset: int
+    rows: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Offsets of every matrix, and the same facts in the forms the operators take."""
+
+    slices: tuple[_Slice, ...]
+    size: int
+    regions: tuple[int, ...]
+    groups: tuple[int, ...]
+    lambda_offset: int
+    triplets: int
+
+    @classmethod
+    def of(cls, layers: list[FusedSVDLinear]) -> Layout:
+        """Lay out the matrices of ``layers``."""
+        wanted = [
+            (length, layer.r, slot, name)
+            for slot, layer in enumerate(layers)
+            for name, length in (("lora_P", layer.out_features), ("lora_Q", layer.in_features))
+            if layer.r
+        ]
+        wanted.sort(key=lambda w: (w[0], w[1], w[2], w[3]))
+        slices: list[_Slice] = []
+        regions: list[int] = []
+        groups: list[int] = []
+        offset = 0
+        for length, of_length in groupby(wanted, key=lambda w: w[0]):
+            offset = _aligned(offset)
+            start, rows = offset, 0
+            for rank, of_shape in groupby(of_length, key=lambda w: w[1]):
+                first, matrices = offset, 0
+                for _, _, slot, name in of_shape:
+                    slices.append(_Slice(slot, name, offset, rank, length))
+                    offset += rank * length
+                    matrices += 1
+                groups += [first, matrices, rank, length]
+                rows += matrices * rank
+            regions += [start, rows, length]
+        lambda_offset = offset = _aligned(offset)
+        triplets = sum(layer.r for layer in layers)
+        for slot, layer in enumerate(layers):
+            slices.append(_Slice(slot, "lora_E", offset, layer.r, 1))
+            offset += layer.r
+        if triplets:
+            regions += [lambda_offset, triplets, 1]
+        return cls(tuple(slices), offset, tuple(regions), tuple(groups), lambda_offset, triplets)
+
+    def row_table(self, starts: list[int]) -> Tensor:
+        """(rows, 3) int64: offset, length and triplet of every stored row, in the order of the regions.
+
+        Args:
+            starts: number of the first triplet of each layer.
+        """
+        table = [
+            (s.offset + i * s.length, s.length, starts[s.slot] + i) for s in self.slices for i in range(s.rows)
+        ]
+        return torch.tensor(table, dtype=torch.int64).reshape(-1, 3)
+
+
+def _aligned(offset: int) -> int:
+    return (offset + _ALIGN - 1) // _ALIGN * _ALIGN
+
+
+class Bank:
+    """The flat storage of all adapted layers of a model (parameters, gradients, path accumulator, masks) and its row table.
+
+    Args:
+        names: full module names, in model order.
+        layers: the adapted layers, in the same order; all on one device.
+        context: the pass state they share.
+
+    Attributes:
+        weight, grad, path: flat (size,) masters, their gradients, the path accumulator T (made when first asked for).
+        mask, live: flat (triplets,): the masks the layers compute with, and which triplets live by the last allocation.
+        layer_index, cost: int64 (triplets,): layer of each triplet, and its ``in + out``.
+
+    Raises:
+        ValueError: the layers lie on several devices.
+    """
+
+    def __init__(self, names: list[str], layers: list[FusedSVDLinear], context: PathContext) -> None:
+        self.names, self.layers, self.context = list(names), list(layers), context
+        for slot, layer in enumerate(self.layers):
+            layer.slot, layer.context = slot, context
+        self._epoch = -1
+        self._live: Tensor | None = None
+        self._path: Tensor | None = None
+        self.repack()
+
+    # -- storage ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def repack(self) -> None:
+        """Gather the layers' parameters into fresh flat buffers and make them views again; values, live mask and T are kept."""
+        devices = {p.device for layer in self.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask)}
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise ValueError(
+                f"expected all adapted layers on one device, got {found}; move the whole model with model.to(device)"
+            )
+        self.device = next(iter(devices), torch.device("cpu"))
+        self.dtype = self.layers[0].lora_E.dtype if self.layers else torch.float32
+        self.layout = Layout.of(self.layers)
+        self.starts = [0]
+        for layer in self.layers:
+            self.starts.append(self.starts[-1] + layer.r)
+        self.weight = torch.zeros(self.layout.size, dtype=self.dtype, device=self.device)
+        self.grad = torch.zeros_like(self.weight)
+        self.mask = torch.ones(self.layout.triplets, dtype=self.dtype, device=self.device)
+        self._bind_parameters()
+        self._bind_masks()
+        self._index_tables()
+        if self._live is not None and self._live.numel() == self.layout.triplets:
+            self._live = self._live.to(self.device)
+        else:
+            self._live = self.mask.clone()
+        path, self._path = self._path, None
+        self.context.leaves = []
+        if path is not None and path.numel() == self.layout.size:
+            self.path.copy_(path)
+        self._watch_backward()
+        self._epoch = self.context.epoch
+
+    def _bind_parameters(self) -> None:
+        self._grad_views: list[tuple[nn.Parameter, Tensor]] = []
+        for s in self.layout.slices:
+            param: nn.Parameter = getattr(self.layers[s.slot], s.name)
+            view = self._view(self.weight, s)
+            view.copy_(param)
+            old_grad = param.grad
+            param.data = view
+            param.grad = None
+            if param.requires_grad:
+                grad_view = self._view(self.grad, s)
+                if old_grad is not None:
+                    grad_view.copy_(old_grad)
+                param.grad = grad_view
+                self._grad_views.append((param, grad_view))
+
+    def _bind_masks(self) -> None:
+        for slot, layer in enumerate(self.layers):
+            view = self.mask[self.starts[slot] : self.starts[slot + 1]]
+            view.copy_(layer.mask)
+            layer.mask = view
+
+    def _index_tables(self) -> None:
+        layout = self.layout
+        table = layout.row_table(self.starts)
+        self.row_table = table.to(self.device)
+        of_lambda = table[:, 0] >= layout.lambda_offset
+        matrix_rows = torch.nonzero(~of_lambda).flatten()
+        # Two matrix rows (one p, one q) per triplet: their row numbers, to gather row scores by triplet.
+        order = torch.argsort(table[matrix_rows, 2], stable=True)
+        self.triplet_rows = matrix_rows[order].view(-1, 2).to(self.device)
+        self.lambda_rows = torch.nonzero(of_lambda).flatten().to(self.device)
+        ranks = torch.tensor([layer.r for layer in self.layers], dtype=torch.int64)
+        costs = torch.tensor([layer.in_features + layer.out_features for layer in self.layers], dtype=torch.int64)
+        self.layer_index = torch.repeat_interleave(torch.arange(len(self.layers)), ranks).to(self.device)
+        self.cost = torch.repeat_interleave(costs, ranks).to(self.device)
+
+    def _watch_backward(self) -> None:
+        """One gradient hook on one parameter counts training backward passes (the guard against a forgotten step)."""
+        handle = getattr(self, "_hook", None)
+        if handle is not None:
+            handle.remove()
+        self._hook = None
+        if self._grad_views:
+            self._hook = self._grad_views[0][0].register_post_accumulate_grad_hook(self.context.count_backward)
+
+    def _view(self, flat: Tensor, s: _Slice) -> Tensor:
+        part = flat[s.offset : s.offset + s.rows * s.length]
+        return part if s.name == "lora_E" else part.view(s.rows, s.length)
+
+    def refresh(self) -> None:
+        """Repack when something replaced the parameters since (``.to``, ``load_state_dict``, a copy); O(1) otherwise."""
+        if self._epoch == self.context.epoch:
+            return
+        self.repack()
+
+    def bind_grads(self) -> None:
+        """Give every parameter its view of the flat gradient back after ``zero_grad(set_to_none=True)``.
+
+        The first and the last parameter tell: when both still have their views nothing is touched. Otherwise the flat gradient is
+        zeroed in one launch and the views are set again; a gradient that was kept or made meanwhile is kept.
+        """
+        views = self._grad_views
+        if not views or (views[0][0].grad is views[0][1] and views[-1][0].grad is views[-1][1]):
+            return
+        strangers = [(v, p.grad) for p, v in views if p.grad is not None and p.grad is not v]
+        kept = any(p.grad is v for p, v in views)
+        with torch.no_grad():
+            if not kept:
+                self.grad.zero_()
+            else:
+                torch._foreach_zero_([v for p, v in views if p.grad is not v])
+            if strangers:
+                torch._foreach_copy_([v for v, _ in strangers], [g for _, g in strangers])
+        for param, view in views:
+            param.grad = view
+
+    @property
+    def path(self) -> Tensor:
+        """The path accumulator T, flat (size,); made, with the leaves that feed it, when first asked for."""
+        if self._path is None:
+            self._path = torch.zeros_like(self.weight)
+            leaves: list[dict[str, Tensor]] = [{} for _ in self.layers]
+            for s in self.layout.slices:
+                leaf = self._view(self.weight, s).detach().requires_grad_()
+                leaf.grad = self._view(self._path, s)
+                leaves[s.slot][s.name] = leaf
+            for slot, layer in enumerate(self.layers):
+                for name in ("lora_P", "lora_Q"):
+                    if name not in leaves[slot]:  # rank 0 has no rows in the buffers
+                        leaves[slot][name] = getattr(layer, name).detach().requires_grad_()
+            self.context.leaves = [(leaf["lora_P"], leaf["lora_E"], leaf["lora_Q"]) for leaf in leaves]
+        return self._path
+
+    @property
+    def live(self) -> Tensor:
+        """(triplets,) 0/1: which triplets live by the last allocation."""
+        assert self._live is not None
+        return self._live
+
+    # -- views by triplet ---------------------------------------------------------------------------------------------
+
+    @property
+    def triplets(self) -> int:
+        """Stored triplets of the whole model."""
+        return self.layout.triplets
+
+    @property
+    def lambdas(self) -> Tensor:
+        """(triplets,) view of all lambda, in triplet order."""
+        return self.weight[self.layout.lambda_offset :]
+
+    def ranks(self) -> dict[str, int]:
+        """Live triplets of every module (synchronises with the device)."""
+        live = self.live.tolist()
+        return {
+            name: int(sum(live[self.starts[i] : self.starts[i + 1]])) for i, name in enumerate(self.names)
+        }
+
+    def layer_of(self, name: str) -> FusedSVDLinear:
+        """The adapted layer called ``name``."""
+        return self.layers[self.names.index(name)]
+
+    def matrix_views(self, flat: Tensor) -> dict[tuple[str, str], Tensor]:
+        """Views of any buffer with the bank's layout, by (module name, parameter name)."""
+        return {(self.names[s.slot], s.name): self._view(flat, s) for s in self.layout.slices}
+
+    # -- copies -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle needs: the layers hold the values, the buffers are rebuilt by :meth:`refresh`."""
+        return {
+            "names": self.names,
+            "layers": self.layers,
+            "context": self.context,
+            "_live": None if self._live is None else self._live.clone(),
+            "_path": None if self._path is None else self._path.detach().clone(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._epoch = -1  # not packed yet: the layers may still be incomplete while a copy is under way
+
+
+def find_bank(model: nn.Module) -> Bank:
+    """The bank of an adapted model, its views intact.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    bank = getattr(model, "igulora_bank", None)
+    if bank is None:
+        raise ValueError(
+            f"expected a model adapted by igulora.adapt, got a plain {type(model).__name__}; call igulora.adapt(model, config) first"
+        )
+    bank.refresh()
+    return bank

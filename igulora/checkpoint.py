@@ -1,0 +1,258 @@
+"""Adapters and checkpoints on disk.
+
+An adapter folder holds ``adapter_model.safetensors`` (per module P, E, Q, mask, live mask; modules to save), ``igulora_config.json``
+(options, ranks, budget history) and, with a controller, ``controller_state.safetensors``. A checkpoint adds the optimizer and the random
+number generators. Each file is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import adapt, saved_modules
+from .bank import find_bank
+from .config import IGUConfig
+from .controller import Controller
+from .files import read_json, read_tensors, write_json, write_tensors
+
+ADAPTER_FILE, CONFIG_FILE, CONTROLLER_FILE = (
+    "adapter_model.safetensors",
+    "igulora_config.json",
+    "controller_state.safetensors",
+)
+OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "checkpoint.json"
+FORMAT = 1
+_PARTS = ("lora_P", "lora_E", "lora_Q", "mask", "live")
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter folder read without a model.
+
+    Attributes:
+        config: its options. modules: name -> {"lora_P", "lora_E", "lora_Q", "mask", "live"}. saved: name -> state dict of a module to save.
+        meta: what else was written: "history", "ranks", "scale", "controller" (or None).
+        terms: name -> (3, r) score terms of lambda, p, q; empty without a controller state.
+    """
+
+    config: IGUConfig
+    modules: dict[str, dict[str, Tensor]]
+    saved: dict[str, dict[str, Tensor]]
+    meta: dict[str, Any]
+    terms: dict[str, Tensor]
+
+
+def save_adapter(model: nn.Module, directory: str | Path, controller: Controller | None = None) -> Path:
+    """Write the adapter of ``model`` (and the controller's state) into ``directory``; returns the folder.
+
+    Raises:
+        ValueError: the model is not adapted, or merged.
+    """
+    directory, bank = Path(directory), find_bank(model)
+    if any(layer.merged for layer in bank.layers):
+        raise ValueError("expected an unmerged model, got a merged one; call igulora.unmerge(model) before saving its adapter")
+    config: IGUConfig = model.igulora_config  # type: ignore[assignment]
+    tensors: dict[str, Tensor] = {}
+    for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
+        live = bank.live[bank.starts[i] : bank.starts[i + 1]]
+        for part, value in zip(_PARTS, (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask, live), strict=True):
+            tensors[f"{name}.{part}"] = value
+    saved = saved_modules(model)
+    for name, module in saved.items():
+        tensors |= {f"{name}.saved.{key}": value for key, value in module.module.state_dict().items()}
+    state = controller.state_dict() if controller is not None else None
+    meta = {
+        "format": FORMAT,
+        "library": "igulora",
+        "config": config.to_dict(),
+        "modules": {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)},
+        "ranks": bank.ranks(),
+        "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
+        "saved": sorted(saved),
+        "history": controller.history if controller is not None else [],
+        "controller": state["meta"] if state is not None else None,
+    }
+    write_tensors(directory / ADAPTER_FILE, tensors)
+    if state is not None:
+        write_tensors(directory / CONTROLLER_FILE, state["tensors"])
+    write_json(directory / CONFIG_FILE, meta)
+    return directory
+
+
+def read_adapter(directory: str | Path) -> AdapterFile:
+    """Read and check an adapter folder without a model.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: a file is truncated, foreign, or its tensors do not fit its own description.
+    """
+    directory = Path(directory)
+    meta = read_json(directory / CONFIG_FILE)
+    if meta.get("library") != "igulora" or not isinstance(meta.get("modules"), dict):
+        raise ValueError(f"expected an igulora adapter in {directory}, got a {CONFIG_FILE} without its marks; was it made by igulora?")
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"expected adapter format {FORMAT} in {directory}, got {meta.get('format')!r}; use a matching igulora version")
+    tensors = read_tensors(directory / ADAPTER_FILE)
+    config = IGUConfig.from_dict(meta["config"])
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, rank in meta["modules"].items():
+        modules[name] = {}
+        for part in _PARTS:
+            tensor = tensors.pop(f"{name}.{part}", None)
+            if tensor is None or tensor.shape[0] != rank or not tensor.is_floating_point():
+                got = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise ValueError(f"expected {name}.{part} with {rank} rows in {directory / ADAPTER_FILE}, got {got}; the folder is damaged")
+            modules[name][part] = tensor
+    saved: dict[str, dict[str, Tensor]] = {name: {} for name in meta["saved"]}
+    for key in list(tensors):
+        owner = next((n for n in saved if key.startswith(f"{n}.saved.")), None)
+        if owner is None:
+            raise ValueError(f"expected only tensors of the adapter in {directory / ADAPTER_FILE}, got {key!r}; the file is foreign")
+        saved[owner][key[len(owner) + len(".saved.") :]] = tensors.pop(key)
+    return AdapterFile(config, modules, saved, meta, _score_terms(directory, meta))
+
+
+def _score_terms(directory: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
+    if meta.get("controller") is None or not (directory / CONTROLLER_FILE).is_file():
+        return {}
+    terms = read_tensors(directory / CONTROLLER_FILE)["terms"]
+    out, start = {}, 0
+    for name, rank in meta["modules"].items():
+        out[name] = terms[:, start : start + rank]
+        start += rank
+    return out
+
+
+def _check_fits(file: AdapterFile, shapes: dict[str, tuple[int, int]], directory: Path) -> None:
+    wrong = []
+    for name, parts in file.modules.items():
+        wanted = (parts["lora_P"].shape[1], parts["lora_Q"].shape[1])
+        if name not in shapes:
+            wrong.append(f"{name}: (out, in) = {wanted}, not in the model")
+        elif shapes[name] != wanted:
+            wrong.append(f"{name}: (out, in) = {wanted}, the model's is {shapes[name]}")
+    if wrong:
+        more = f"\n  ... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            f"expected the model that the adapter in {directory} was trained on, got another:\n  " + "\n  ".join(wrong[:10]) + more
+        )
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Adapt a base model with the adapter saved in ``directory``; returns the model. Everything is checked before the first change.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is incomplete or damaged, or the adapter belongs to another model (names and shapes listed).
+    """
+    directory = Path(directory)
+    file = read_adapter(directory)
+    shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    _check_fits(file, shapes, directory)
+    names = {name for name, _ in model.named_modules()}
+    for name in file.saved:
+        if name not in names:
+            raise ValueError(f"expected the model to have the module {name!r} saved in {directory}, got a model without it")
+    config = IGUConfig.from_dict(
+        {
+            **file.config.to_dict(),
+            "target_modules": list(file.modules),
+            "modules_to_save": list(file.saved),
+            "rank_pattern": {name: parts["lora_E"].shape[0] for name, parts in file.modules.items()},
+        }
+    )
+    adapt(model, config)
+    model.igulora_config = file.config  # type: ignore[assignment]
+    _fill(model, file)
+    return model
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, file: AdapterFile) -> None:
+    bank = find_bank(model)
+    for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
+        parts = file.modules[name]
+        layer.lora_P.copy_(parts["lora_P"])
+        layer.lora_E.copy_(parts["lora_E"])
+        layer.lora_Q.copy_(parts["lora_Q"])
+        layer.mask.copy_(parts["mask"])
+        layer.scale = float(file.meta["scale"][name])
+        bank.live[bank.starts[i] : bank.starts[i + 1]].copy_(parts["live"])
+    for name, module in saved_modules(model).items():
+        module.module.load_state_dict(file.saved[name])
+
+
+def save_checkpoint(
+    directory: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    controller: Controller,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write all that an exact resume needs: adapter, optimizer, controller, random number generators, ``extra`` (JSON-able).
+
+    ``checkpoint.json`` is written last and names what belongs together: a folder without it is not complete.
+    """
+    directory = Path(directory)
+    (directory / TRAINER_FILE).unlink(missing_ok=True)
+    save_adapter(model, directory, controller)
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    write_tensors(directory / OPTIMIZER_FILE, tensors)
+    groups = [{k: v for k, v in g.items() if isinstance(v, (int, float, bool, str, list, tuple, type(None)))} for g in state["param_groups"]]
+    write_json(directory / TRAINER_FILE, {"groups": groups, "scalars": scalars, "extra": extra or {}})
+    return directory
+
+
+def load_checkpoint(
+    directory: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, controller: Controller
+) -> dict[str, Any]:
+    """Continue from :func:`save_checkpoint`, on a model adapted with the same options; returns ``extra``.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is incomplete, damaged, or of another adapter or optimizer.
+    """
+    directory = Path(directory)
+    trainer = read_json(directory / TRAINER_FILE)
+    file = read_adapter(directory)
+    bank = find_bank(model)
+    shapes = {n: (layer.out_features, layer.in_features) for n, layer in zip(bank.names, bank.layers, strict=True)}
+    _check_fits(file, shapes, directory)
+    if list(file.modules) != bank.names or any(
+        parts["lora_E"].shape[0] != layer.r for parts, layer in zip(file.modules.values(), bank.layers, strict=True)
+    ):
+        raise ValueError(f"expected the adapter in {directory} to have the model's modules and ranks, got others; resume with the same options")
+    tensors = read_tensors(directory / OPTIMIZER_FILE)
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        if not key.startswith("rng."):
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+    for index, entries in trainer["scalars"].items():
+        state.setdefault(int(index), {}).update(entries)
+    groups = trainer["groups"]
+    mine = optimizer.state_dict()["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in mine]:
+        raise ValueError(f"expected an optimizer with the parameter groups saved in {directory}, got other groups; build it the same way")
+    merged = [{**own, **saved} for own, saved in zip(mine, groups, strict=True)]
+    controller.load_state_dict({"tensors": read_tensors(directory / CONTROLLER_FILE), "meta": file.meta["controller"]})
+    _fill(model, file)
+    optimizer.load_state_dict({"state": state, "param_groups": merged})
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"rng.cuda.{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng.cuda.{i}"], i)
+    return trainer["extra"]

@@ -1,0 +1,225 @@
+"""IGUConfig: every scientific option of the library, validated when it is made, and the defaults of each method."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import check_choice, nearest
+
+# What a field left at None becomes, by method. AdaLoRA is a setting of the same machine (ALGORITHMS 3).
+_SHARED: dict[str, Any] = {
+    "estimator": "gauss",
+    "path": "delta",
+    "path_pass": "mixed",
+    "weights": "trapezoid",
+    "aggregate": "signed",
+    "window": 16,
+    "ig_every": 6,
+    "ig_fraction": 0.25,
+    "combine": "snr",
+    "lambda_score": "magnitude",
+    "init": "orthonormal",
+    "orthogonality": 0.1,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "igu": _SHARED,
+    "adalora": {**_SHARED, "estimator": "instantaneous", "combine": "product", "lambda_score": "score", "window": 1},
+    "lora": {**_SHARED, "estimator": "instantaneous", "init": "lora", "orthogonality": 0.0},
+    "random": {**_SHARED, "estimator": "instantaneous"},
+    "magnitude": {**_SHARED, "estimator": "instantaneous"},
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "init": ("orthonormal", "gaussian", "lora"),
+    "estimator": ("gauss", "stratified", "trapezoid", "on-path", "on-path-stratified", "instantaneous"),
+    "path": ("delta", "factors"),
+    "path_pass": ("mixed", "separate"),
+    "weights": ("trapezoid", "eq6"),
+    "aggregate": ("signed", "absolute"),
+    "combine": ("snr", "snr-release", "product", "mean"),
+    "lambda_score": ("magnitude", "score"),
+    "normalize": ("none", "rank", "unit"),
+    "budget_unit": ("rank", "parameters"),
+    "prune": ("soft", "hard"),
+    "orthogonality_form": ("full", "offdiagonal"),
+}
+# Score updates that must precede the first allocation (ALGORITHMS 2.3: after one update every score is equal).
+MIN_UPDATES = 3
+
+
+@dataclass
+class IGUConfig:
+    """Options of adaptive-rank fine-tuning. Fields left at None take the default of ``method``.
+
+    Adapter (ALGORITHMS 1): ``r`` stored triplets per matrix, ``target_rank`` their average number after pruning,
+    ``lora_alpha`` (default r; the update is scaled by ``s = lora_alpha / r``), ``init``, ``init_lambda``, ``dropout``,
+    ``target_modules`` ("all-linear", a regular expression over full names, or a list of name endings), ``exclude_modules``,
+    ``modules_to_save`` (trained and saved whole, such as a classification head), ``rank_pattern`` (name ending -> r).
+
+    Path (2.1-2.2; Eq. 4-7): ``estimator``, ``path``, ``path_pass`` (path rows appended to the training batch, or passes of their
+    own), ``nodes`` (N of the trapezoid and of on-path; number of Gauss points), ``weights`` (appendix A.1 or the printed Eq. 6),
+    ``include_f0``, ``aggregate``, ``window`` (M micro-batches per score update), ``ig_every`` (score every k-th micro-batch),
+    ``ig_fraction`` (share of the sequences a path pass sees).
+
+    Scores (2.3; Eq. 3, 10-12): ``beta1``, ``beta2``, ``eps``, ``combine``, ``lambda_score``, ``normalize``.
+
+    Budget (2.4): ``total_steps`` T, ``t_init`` t_i, ``t_final`` t_f, ``delta_t`` (all in optimizer steps), ``budget_unit``,
+    ``min_rank``, ``prune``, ``orthogonality`` gamma, ``orthogonality_form``.
+
+    Raises:
+        ValueError, TypeError: an option is unknown, out of range, or does not fit another; says what was expected.
+    """
+
+    method: str = "igu"
+    r: int = 32
+    target_rank: int = 16
+    total_steps: int | None = None
+    lora_alpha: float | None = None
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: list[str] = field(default_factory=list)
+    modules_to_save: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    dropout: float = 0.0
+    init: str | None = None
+    init_lambda: float = 0.0
+    seed: int = 0
+    estimator: str | None = None
+    path: str | None = None
+    path_pass: str | None = None
+    nodes: int | None = None
+    weights: str | None = None
+    include_f0: bool = False
+    aggregate: str | None = None
+    window: int | None = None
+    ig_every: int | None = None
+    ig_fraction: float | None = None
+    beta1: float = 0.85
+    beta2: float = 0.85
+    eps: float = 1e-6
+    combine: str | None = None
+    lambda_score: str | None = None
+    normalize: str = "none"
+    t_init: int | None = None
+    t_final: int | None = None
+    delta_t: int | None = None
+    budget_unit: str = "rank"
+    min_rank: int = 0
+    prune: str = "soft"
+    orthogonality: float | None = None
+    orthogonality_form: str = "full"
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        for name, value in METHODS[self.method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.nodes is None:
+            self.nodes = 3 if self.estimator == "gauss" else 20
+        for name, options in CHOICES.items():
+            check_choice(name, getattr(self, name), options)
+        self._check_numbers()
+        if self.adaptive:
+            self._fill_schedule()
+            self._check_schedule()
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether ranks are allocated at all (every method but "lora")."""
+        return self.method != "lora"
+
+    @property
+    def scored(self) -> bool:
+        """Whether allocation needs importance scores (not for the controls "random" and "magnitude")."""
+        return self.method in ("igu", "adalora")
+
+    @property
+    def initial_rank(self) -> int:
+        """Triplets stored per matrix at the start: ``r``, or ``target_rank`` for the fixed-rank "lora"."""
+        return self.r if self.adaptive else self.target_rank
+
+    @property
+    def scale(self) -> float:
+        """``s = lora_alpha / r_init``, constant for the whole run."""
+        r = self.initial_rank
+        return 1.0 if self.lora_alpha is None or r == 0 else self.lora_alpha / r
+
+    @property
+    def prunes_until(self) -> int:
+        """Step ``T - t_f`` of the last allocation."""
+        return (self.total_steps or 0) - (self.t_final or 0)
+
+    def _check_numbers(self) -> None:
+        for name in ("r", "target_rank", "min_rank", "window", "ig_every", "nodes", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"expected {name} to be an int, got {value!r} ({type(value).__name__})")
+        for name, low in (("r", 0), ("target_rank", 0), ("min_rank", 0), ("window", 1), ("ig_every", 1), ("nodes", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"expected {name} >= {low}, got {getattr(self, name)}")
+        if self.estimator == "trapezoid" and self.nodes < 2:  # type: ignore[operator]
+            raise ValueError(f"expected nodes >= 2 for estimator={self.estimator!r} (an interior node), got {self.nodes}")
+        if self.adaptive and self.target_rank > self.r:
+            raise ValueError(
+                f"expected target_rank <= r, got target_rank={self.target_rank} > r={self.r}; "
+                "raise r or lower target_rank: ranks only shrink"
+            )
+        if self.min_rank > self.target_rank:
+            raise ValueError(f"expected min_rank <= target_rank, got {self.min_rank} > {self.target_rank}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"expected 0 <= dropout < 1, got {self.dropout}")
+        if not 0.0 < self.ig_fraction <= 1.0:  # type: ignore[operator]
+            raise ValueError(f"expected 0 < ig_fraction <= 1, got {self.ig_fraction}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"expected 0 <= {name} < 1, got {getattr(self, name)}")
+        if self.orthogonality < 0.0:  # type: ignore[operator]
+            raise ValueError(f"expected orthogonality >= 0, got {self.orthogonality}")
+        # A window scores at least one micro-batch; AdaLoRA's window of one is the case in point.
+        self.ig_every = min(self.ig_every, self.window)  # type: ignore[type-var]
+
+    def _fill_schedule(self) -> None:
+        if self.total_steps is None:
+            raise ValueError(
+                f"expected total_steps (how many optimizer steps the run takes) for method={self.method!r}, got None; "
+                "the budget shrinks along it"
+            )
+        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
+            raise ValueError(f"expected total_steps to be a positive int, got {self.total_steps!r}")
+        if self.t_final is None:
+            self.t_final = round(0.3 * self.total_steps)
+        if self.t_init is None:
+            burn_in = MIN_UPDATES * self.window if self.scored else 1  # type: ignore[operator]
+            self.t_init = max(round(0.1 * self.total_steps), burn_in)
+        if self.delta_t is None:
+            self.delta_t = max(1, (self.prunes_until - self.t_init) // 50)
+
+    def _check_schedule(self) -> None:
+        for name, low in (("t_init", 0), ("t_final", 0), ("delta_t", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"expected {name} to be an int >= {low}, got {value!r}")
+        if self.total_steps <= self.t_init + self.t_final:  # type: ignore[operator]
+            raise ValueError(
+                f"expected total_steps > t_init + t_final, got {self.total_steps} <= {self.t_init} + {self.t_final}; "
+                "train longer, or lower t_init (steps before pruning; with scores at least three windows of "
+                f"{self.window} micro-batches) or t_final (steps at the final ranks)"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> IGUConfig:
+        """Rebuild a config from :meth:`to_dict`.
+
+        Raises:
+            ValueError: a key is not an option; names the nearest one.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ValueError(f"expected an option of IGUConfig, got {key!r}.{nearest(key, known)}")
+        return cls(**values)

@@ -1,0 +1,86 @@
+"""PathContext: what a pass through the model needs to know about the path, shared by all adapted layers of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Training passes a model may see before its first Controller exists: enough to probe it, too few to train it.
+_FREE_PASSES = 8
+
+
+@dataclass
+class PathContext:
+    """Position on the path of the pass that is under way, and the guard against training without a controller.
+
+    Attributes:
+        alpha: None for an ordinary pass (alpha = 1), else a device tensor () or (n,): one value per sequence.
+        path_weight: (n,) weights of the path rows' gradients, or None.
+        train_groups: how many leading sequences train the adapters; None for all.
+        path_start: first sequence whose gradient goes to the path accumulator; None for none.
+        leaves: per layer slot the (P, E, Q) leaves whose ``.grad`` is the path accumulator.
+        epoch: raised whenever parameters may have left the bank's buffers (``.to``, ``load_state_dict``, copies).
+    """
+
+    alpha: Tensor | None = None
+    path_weight: Tensor | None = None
+    train_groups: int | None = None
+    path_start: int | None = None
+    leaves: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    epoch: int = 0
+    enabled: bool = True
+    needs_controller: bool = False
+    controlled: bool = False
+    unstepped: int = 0
+    allowed_unstepped: int = _FREE_PASSES
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry no pass in flight and no controller; the bank rebuilds the leaves."""
+        return {"epoch": self.epoch + 1, "enabled": self.enabled, "needs_controller": self.needs_controller}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @contextmanager
+    def at(
+        self,
+        alpha: Tensor,
+        train_groups: int | None = None,
+        path_start: int | None = None,
+        path_weight: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Run the passes inside at ``alpha``: the first ``train_groups`` sequences train, those from ``path_start`` on are samples."""
+        before = (self.alpha, self.train_groups, self.path_start, self.path_weight)
+        self.alpha, self.train_groups, self.path_start, self.path_weight = alpha, train_groups, path_start, path_weight
+        try:
+            yield
+        finally:
+            self.alpha, self.train_groups, self.path_start, self.path_weight = before
+
+    def count_backward(self, _param: Tensor) -> None:
+        """Called once per training backward pass (a gradient hook on one parameter)."""
+        self.unstepped += 1
+
+    def check_stepped(self) -> None:
+        """Raise when more training passes went by than one optimizer step can have.
+
+        Raises:
+            RuntimeError: ``Controller.step()`` was not called, or there is no controller.
+        """
+        if not self.needs_controller or self.unstepped < self.allowed_unstepped or torch.compiler.is_compiling():
+            return
+        if not self.controlled:
+            raise RuntimeError(
+                f"expected an igulora.Controller for this adaptive-rank model, got {self.unstepped} training passes without one: "
+                "ranks would never be allocated. Make ctl = igulora.Controller(model) and call ctl.step() after optimizer.step(); "
+                'for a fixed rank use IGUConfig(method="lora")'
+            )
+        raise RuntimeError(
+            f"expected ctl.step() after each optimizer step, got {self.unstepped} training passes without it. Call ctl.step() after "
+            "optimizer.step(), or say Controller(model, accumulation_steps=K) when K micro-batches make one step"
+        )

@@ -1,0 +1,19 @@
+"""What a message needs beyond its own words: the nearest name to a misspelt one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: object, options: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` (with a leading space) when an option is close to ``name``, else an empty string."""
+    close = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def check_choice(field: str, value: object, options: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``options``; the message lists them and the nearest name."""
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"expected {field} to be one of {', '.join(options)}; got {value!r}.{nearest(value, options)}")

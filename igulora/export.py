@@ -1,0 +1,111 @@
+"""Export to a plain LoRA adapter that an unmodified PEFT (and servers that read its format) loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bank import find_bank
+from .checkpoint import read_adapter
+from .files import write_json, write_tensors
+
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def lora_factors(P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(A (live, in), B (out, live)) with ``B A = s sum_i m_i lambda_i p_i q_i^T``; the root of |s lambda| goes to each side.
+
+    Splitting the root keeps both factors of one size, so that neither loses bits when a server stores them in 16 bits.
+    """
+    kept = torch.nonzero((mask != 0) & (E != 0)).flatten()
+    coef = (scale * mask * E)[kept]
+    root = coef.abs().sqrt().unsqueeze(1)
+    return root * Q[kept], (root * coef.sign().unsqueeze(1) * P[kept]).t().contiguous()
+
+
+def export_peft(source: nn.Module | str | Path, directory: str | Path, base_model: str | None = None) -> Path:
+    """Write a plain LoRA adapter in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``); returns the folder.
+
+    lambda and s are folded into A and B, so that PEFT's scaling ``lora_alpha / r`` is 1 for every module: ``rank_pattern`` and
+    ``alpha_pattern`` carry the rank of each; modules of rank 0 are left out.
+
+    Args:
+        source: an adapted model, or an adapter folder of :func:`igulora.save_adapter`.
+        directory: folder to write into; made when missing.
+        base_model: name or path of the base model for ``base_model_name_or_path``; a model's own ``config._name_or_path`` by default.
+
+    Raises:
+        ValueError: nothing is left to export (every module has rank 0).
+    """
+    directory = Path(directory)
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    saved: dict[str, dict[str, Tensor]]
+    dropout, task_type = 0.0, None
+    if isinstance(source, nn.Module):
+        bank = find_bank(source)
+        for name, layer in zip(bank.names, bank.layers, strict=True):
+            values = (t.detach().float().cpu() for t in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask))
+            factors[name] = lora_factors(*values, layer.scale)
+        from .adapt import saved_modules
+
+        saved = {name: module.module.state_dict() for name, module in saved_modules(source).items()}
+        base_model = base_model or getattr(getattr(source, "config", None), "_name_or_path", None)
+        task_type = _task_type(source)
+        dropout = bank.layers[0].dropout if bank.layers else 0.0
+    else:
+        file = read_adapter(source)
+        for name, parts in file.modules.items():
+            values = (parts[k].float() for k in ("lora_P", "lora_E", "lora_Q", "mask"))
+            factors[name] = lora_factors(*values, float(file.meta["scale"][name]))
+        saved, dropout = file.saved, file.config.dropout
+    factors = {name: (A, B) for name, (A, B) in factors.items() if A.shape[0]}
+    if not factors:
+        raise ValueError("expected at least one module with a live, non-zero triplet to export, got none; train the adapter first")
+    tensors: dict[str, Tensor] = {}
+    for name, (A, B) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    for name, state in saved.items():
+        tensors |= {f"base_model.model.{name}.{key}": value for key, value in state.items()}
+    write_tensors(directory / PEFT_WEIGHTS, tensors)
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    write_json(directory / PEFT_CONFIG, _peft_config(ranks, sorted(saved), dropout, task_type, base_model))
+    return directory
+
+
+def _peft_config(
+    ranks: dict[str, int], saved: list[str], dropout: float, task_type: str | None, base_model: str | None
+) -> dict[str, Any]:
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    # Anchored: PEFT reads pattern keys as regular expressions on the end of a name, and layers.1 must not match layers.11.
+    pattern = {f"^{_escaped(name)}": rank for name, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "target_modules": sorted(ranks),
+        "modules_to_save": saved or None,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+    }
+
+
+def _escaped(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _task_type(model: nn.Module) -> str | None:
+    for mark, task in (("ForCausalLM", "CAUSAL_LM"), ("ForSequenceClassification", "SEQ_CLS")):
+        if mark in type(model).__name__:
+            return task
+    return None

@@ -1,0 +1,118 @@
+"""Importance: the smoothed scores of every weight and what they make of each triplet (ALGORITHMS 2.3; IGU-LoRA Eq. 3, 10-12)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bank import Bank
+from .config import IGUConfig
+from .kernels import importance_update
+
+
+def normalized(term: Tensor, how: str) -> Tensor:
+    """One term of Eq. 3 over all triplets: as it is ("none"), its rank in [0, 1] ("rank"), or divided by its mean ("unit").
+
+    Args:
+        term: (triplets,) values.
+        how: an option of ``IGUConfig.normalize``.
+    """
+    if how == "rank":
+        order = torch.argsort(term, stable=True)
+        ranks = torch.empty_like(term)
+        ranks[order] = torch.arange(term.numel(), dtype=term.dtype, device=term.device)
+        return ranks / max(term.numel() - 1, 1)
+    if how == "unit":
+        mean = term.abs().mean()
+        return term / torch.where(mean > 0, mean, torch.ones_like(mean))
+    return term
+
+
+class Importance:
+    """States and scores of all weights of a bank.
+
+    Attributes:
+        mean, deviation: flat float32 with the bank's layout: EMA of y (Eq. 10) and of |y - mean| (Eq. 11).
+        terms: (3, triplets) scores of lambda, p and q after the last update.
+        row_stats: (4, rows) row means of score, y, mean and deviation after the last update, or None.
+        updates: how many updates were made.
+    """
+
+    def __init__(self, bank: Bank, config: IGUConfig) -> None:
+        self.bank, self.config = bank, config
+        self.mean = torch.zeros_like(bank.weight)
+        self.deviation = torch.zeros_like(bank.weight)
+        self.terms = bank.weight.new_zeros((3, bank.triplets))
+        self.row_stats: Tensor | None = None
+        self.updates = 0
+
+    def update(self, path: Tensor) -> None:
+        """Take one window's path gradient T, flat; with ``aggregate="absolute"`` the window's mean of |w| |g|. No synchronisation."""
+        config, bank = self.config, self.bank
+        stats, finite = importance_update(
+            bank.weight,
+            path,
+            self.mean,
+            self.deviation,
+            list(bank.layout.regions),
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            combine=config.combine,  # type: ignore[arg-type]
+            absolute=config.aggregate == "absolute",
+        )
+        fresh = torch.cat((stats[0, bank.lambda_rows].unsqueeze(0), stats[0, bank.triplet_rows].t()))
+        self.terms = torch.where(finite, fresh, self.terms)
+        self.row_stats = stats
+        self.updates += 1
+
+    def triplet_scores(self) -> Tensor:
+        """``S_i = s_lambda + mean_k score(P_ik) + mean_k score(Q_ik)`` (Eq. 3), (triplets,).
+
+        Raises:
+            ValueError: no update was made yet.
+        """
+        if self.updates == 0:
+            raise ValueError("expected scores, got none yet: no window of path samples has been completed; train on first")
+        how = self.config.normalize
+        magnitude = self.config.lambda_score == "magnitude"
+        first = self.bank.lambdas.abs() if magnitude else self.terms[0]
+        return normalized(first, how) + normalized(self.terms[1], how) + normalized(self.terms[2], how)
+
+    def to(self, device: torch.device) -> None:
+        """Follow the bank to another device."""
+        self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
+        self.terms = self.terms.to(device)
+        self.row_stats = None if self.row_stats is None else self.row_stats.to(device)
+
+    def module_stats(self) -> dict[str, Tensor]:
+        """(modules,) means over each module's P and Q rows of y, mean, deviation and score, on the device."""
+        if self.row_stats is None:
+            raise ValueError("expected row statistics, got none: no score update was made yet")
+        per_triplet = self.row_stats[:, self.bank.triplet_rows].mean(-1)  # (4, triplets)
+        layers = self.bank.layer_index
+        sums = per_triplet.new_zeros((4, len(self.bank.layers))).index_add_(1, layers, per_triplet)
+        counts = torch.bincount(layers, minlength=len(self.bank.layers)).clamp_(min=1)
+        return dict(zip(("score", "y", "mean", "deviation"), sums / counts, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name, and the number of updates."""
+        return {"mean": self.mean, "deviation": self.deviation, "terms": self.terms, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take states saved by :meth:`state_dict` for a bank of the same layout.
+
+        Raises:
+            ValueError: a tensor has another shape.
+        """
+        for name in ("mean", "deviation", "terms"):
+            mine: Tensor = getattr(self, name)
+            if mine.shape != state[name].shape:
+                raise ValueError(
+                    f"expected score state {name!r} of shape {tuple(mine.shape)}, got {tuple(state[name].shape)}: "
+                    "it was saved for another adapter"
+                )
+            mine.copy_(state[name])
+        self.updates = int(state["updates"])

@@ -1,0 +1,48 @@
+"""Parameter groups: lambda takes larger steps than the directions (ALGORITHMS 6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .bank import find_bank
+
+# Per Adam step each lambda moves by about its learning rate while a whole row of P moves by sqrt(out) times it: a ratio of the order of
+# sqrt(d) makes Delta W of orthonormal directions grow as fast as LoRA's. Chosen from the probe of ALGORITHMS 6 (10x and 30x beat 1x).
+DEFAULT_LAMBDA_LR_RATIO = 30.0
+
+
+def param_groups(
+    model: nn.Module, lr: float, lambda_lr_ratio: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Optimizer parameter groups of an adapted model.
+
+    Args:
+        model: adapted by :func:`igulora.adapt`.
+        lr: learning rate of P, Q and of the modules to save.
+        lambda_lr_ratio: lambda's learning rate over ``lr``; by default 30 for orthonormal directions and 1 for PEFT's Gaussian start.
+        weight_decay: of P, Q and the modules to save; lambda has none, the budget is what shrinks it.
+
+    Returns:
+        Groups named "vectors", "lambda" and, where there are any, "saved", each with its ``lr`` and ``weight_decay``.
+
+    Raises:
+        ValueError: the model is not adapted or ``lr`` is not positive.
+    """
+    if lr <= 0:
+        raise ValueError(f"expected a learning rate lr > 0, got {lr}")
+    bank = find_bank(model)
+    if lambda_lr_ratio is None:
+        config = getattr(model, "igulora_config", None)
+        lambda_lr_ratio = 1.0 if config is not None and config.init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO
+    vectors = [p for layer in bank.layers for p in (layer.lora_P, layer.lora_Q) if p.requires_grad]
+    lambdas = [layer.lora_E for layer in bank.layers if layer.lora_E.requires_grad]
+    ours = {id(p) for p in (*vectors, *lambdas)}
+    saved = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    groups = [
+        {"name": "vectors", "params": vectors, "lr": lr, "weight_decay": weight_decay},
+        {"name": "lambda", "params": lambdas, "lr": lr * lambda_lr_ratio, "weight_decay": 0.0},
+        {"name": "saved", "params": saved, "lr": lr, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]

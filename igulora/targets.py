@@ -1,0 +1,111 @@
+"""Which modules of a model are adapted, and which are trained whole."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from .config import IGUConfig
+from .errors import nearest
+from .layers import FusedSVDLinear, SavedModule
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """Ids of parameters that occur under several names (an output head tied to the embedding)."""
+    seen: dict[int, tuple[int, str]] = {}
+    tied: set[int] = set()
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is None:
+                continue
+            if id(param) in seen and seen[id(param)] != (id(module), name):
+                tied.add(id(param))
+            seen.setdefault(id(param), (id(module), name))
+    return tied
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def find_saved(model: nn.Module, config: IGUConfig) -> list[str]:
+    """Full names of the modules named in ``modules_to_save``.
+
+    Raises:
+        ValueError: a name matches no module.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    found: list[str] = []
+    for wanted in config.modules_to_save:
+        matches = [name for name in names if _ends_with(name, wanted)]
+        if not matches:
+            raise ValueError(
+                f"expected modules_to_save to name modules of the model, got {wanted!r}, which matches none."
+                f"{nearest(wanted, {n.split('.')[-1] for n in names})}"
+            )
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[str]:
+    """Full names of the ``nn.Linear`` modules to adapt, in model order.
+
+    "all-linear" takes every linear layer but the output head, layers with tied weights and modules to save. A string is a regular
+    expression that must match a whole name; a list holds name endings.
+
+    Raises:
+        ValueError: nothing matched (lists the linear layers there are), a name of the list matched nothing, a match is no ``nn.Linear``
+            or its weight is tied.
+        TypeError: ``target_modules`` is neither a string nor a list of strings.
+    """
+    wanted = config.target_modules
+    if not isinstance(wanted, str) and not (isinstance(wanted, (list, tuple)) and all(isinstance(w, str) for w in wanted)):
+        raise TypeError(f'expected target_modules to be "all-linear", a regular expression or a list of names, got {wanted!r}')
+    modules = {name: module for name, module in model.named_modules() if name}
+    inside_saved = [n for n in modules if any(n == s or n.startswith(s + ".") for s in saved)]
+    excluded = {n for n in modules for e in config.exclude_modules if _ends_with(n, e)} | set(inside_saved)
+    tied, head = _tied_weights(model), _output_head(model)
+    linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
+    if wanted == "all-linear":
+        found = [
+            n for n in linears if n not in excluded and modules[n] is not head and id(modules[n].weight) not in tied
+        ]
+    elif isinstance(wanted, str):
+        pattern = re.compile(wanted)
+        found = [n for n in modules if pattern.fullmatch(n) and n not in excluded]
+    else:
+        found = [n for n in modules if n not in excluded and any(_ends_with(n, w) for w in wanted)]
+        endings = {n.split(".")[-1] for n in linears}
+        for w in wanted:
+            if not any(_ends_with(n, w) for n in modules):
+                raise ValueError(
+                    f"expected target_modules to name layers of the model, got {w!r}, which matches none.{nearest(w, endings)} "
+                    f"Linear layers end in: {', '.join(sorted(endings)) or 'none'}"
+                )
+    if not found:
+        shown = ", ".join(linears[:8]) + (", ..." if len(linears) > 8 else "")
+        raise ValueError(
+            f"expected target_modules={wanted!r} to match at least one linear layer, got none. "
+            f"The model's linear layers: {shown or 'none'}"
+        )
+    for name in found:
+        module = modules[name]
+        if isinstance(module, (FusedSVDLinear, SavedModule)):
+            raise ValueError(f"expected a plain model, got {name!r} adapted already; call igulora.remove(model) first")
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"expected target_modules to match nn.Linear layers only, got {name!r} ({type(module).__name__}); "
+                "name linear layers or exclude it with exclude_modules"
+            )
+        if id(module.weight) in tied:
+            raise ValueError(
+                f"expected layers with weights of their own, got {name!r}, whose weight is tied to another module; "
+                "leave it out of target_modules"
+            )
+    return found
