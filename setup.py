@@ -1,4 +1,6 @@
-"""Packaging of igulora. The kernels live in ``kernels/`` at the root and install as ``igulora.kernels``, never as ``kernels``."""
+"""Packaging of igulora. The kernels lie in kernels/ and install as igulora.kernels, never as a top-level `kernels`."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -15,7 +17,7 @@ setup(
     name="igulora",
     version="0.1.0",
     description="Adaptive-rank fine-tuning (IGU-LoRA, AdaLoRA) at the cost of plain LoRA",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

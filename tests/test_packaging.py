@@ -1,4 +1,4 @@
-"""What an installation of igulora holds: the mapping of kernels/, the borders between the packages, and a light import."""
+"""What an installation of igulora holds: the mapping of kernels/, the borders of the packages, a light import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAVY = ("transformers", "peft", "matplotlib", "rich", "accelerate", "datasets",
 
 
 def _in_a_fresh_interpreter(code: str, cwd: Path) -> object:
-    """The JSON value that `code` prints, run in another folder, so that neither pytest nor the repository root helps it."""
+    """The JSON value that `code` prints, run elsewhere: neither pytest nor the repository root helps it."""
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -105,7 +105,18 @@ def test_every_subpackage_goes_into_the_wheel(tmp_path: Path) -> None:
                 target = source / file.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(file.read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        tmp_path,
+        source,
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("igulora-*.whl")

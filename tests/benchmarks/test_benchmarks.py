@@ -1,0 +1,150 @@
+"""The benchmark runs from end to end on a tiny model, and its arithmetic is right."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+SCRIPTS = ("baselines", "cases", "counting", "memory", "models", "render", "run")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The benchmark's modules, imported as the scripts import one another."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield {name: importlib.import_module(name) for name in SCRIPTS}
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The result file of a real run on the tiny model, by the command of the documentation."""
+    output = tmp_path_factory.mktemp("bench") / "result.json"
+    command = [
+        sys.executable,
+        FOLDER / "run.py",
+        "--model",
+        "tiny",
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--output",
+        output,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.slow
+def test_a_run_measures_every_method(record_file: Path) -> None:
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    (result,) = record["results"]
+    methods = {"floor", "instantaneous", "default", "on-path", "peft-lora", "peft-adalora"}
+    assert set(result["methods"]) == methods
+    assert set(result["memory"]) == methods
+    assert all(len(result["seconds"][name]) == 2 for name in methods)
+    for name in methods - {"floor"}:
+        ratio = result["ratios"][f"{name}/floor"]
+        assert 0 < ratio["q1"] <= ratio["median"] <= ratio["q3"]
+        assert result["memory"][name]["peak"] > result["memory"][name]["held"] > 0
+        assert result["memory"][name]["saved"] > 0
+    for name in ("instantaneous", "default", "on-path"):
+        assert result["methods"][name]["live_at_end"] < result["methods"][name]["live_at_start"]
+        assert sum(result["methods"][name]["kinds"].values()) == pytest.approx(1)
+    assert any("path" in kind for kind in result["methods"]["default"]["kinds"])
+    assert result["counts"]["instantaneous"]["bookkeeping"] < result["counts"]["peft-adalora"]["bookkeeping"]
+    assert {"torch", "peft", "transformers", "commit"} <= set(record["versions"])
+
+
+@pytest.mark.slow
+def test_tables_are_written_between_the_markers(
+    record_file: Path, scripts: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    root = FOLDER.parent
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("README.md", "benchmarks/README.md"):
+        shutil.copy(root / name, tmp_path / name)
+    assert scripts["render"].main([str(record_file), "--root", str(tmp_path)]) == 0
+    for name in ("README.md", "benchmarks/README.md"):
+        written, original = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, root))
+        assert "4×16" in written
+        assert all(target.what in written for target in scripts["cases"].TARGETS)
+        begin, end = scripts["render"].BEGIN, scripts["render"].END
+        assert written.partition(begin)[0] == original.partition(begin)[0]
+        assert written.partition(end)[2] == original.partition(end)[2]
+
+
+def test_a_missed_target_says_by_how_much(scripts: dict[str, ModuleType]) -> None:
+    cell = scripts["render"].cell
+    assert cell({"median": 1.17, "q1": 1.15, "q3": 1.2}, 1.18) == "1.17 [1.15–1.20]"
+    assert cell({"median": 1.298, "q1": 1.28, "q3": 1.31}, 1.18) == "1.30 [1.28–1.31], missed by 10%"
+    assert cell({"median": 12}, 10) == "12 (missed)"
+    assert cell(None, 1.0) == "not measured"
+
+
+def test_ratios_are_paired_by_round(scripts: dict[str, ModuleType]) -> None:
+    times = {"floor": [1.0, 2.0, 4.0], "ours": [1.5, 3.0, 6.0], "ours:plain": [1.0, 2.0, 4.0]}
+    ratios = scripts["run"].paired_ratios(times)
+    assert ratios["ours/floor"] == {"median": 1.5, "q1": 1.5, "q3": 1.5}
+    assert ratios["ours/without-path"]["median"] == 1.5
+
+
+class _Adds:
+    """A method whose step allocates a known amount: two tensors of 4 MB alive together, one of them kept for backward."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.state = torch.zeros(500_000)
+        self.weight = torch.ones(1_000_000, requires_grad=True)
+
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        self.backward(batch)
+        self.zero_grad()
+
+    def backward(self, batch: dict[str, torch.Tensor]) -> None:
+        (batch["x"] * 2 * self.weight).sum().backward()
+
+    def zero_grad(self) -> None:
+        self.weight.grad = None
+
+    def prepare(self, small: dict[str, torch.Tensor]) -> None:
+        self.step(small)
+
+    def kinds(self) -> dict[str, float]:
+        return {"step": 1.0}
+
+    def seek(self, kind: str, small: dict[str, torch.Tensor]) -> None:
+        pass
+
+
+def test_memory_is_what_was_allocated(scripts: dict[str, ModuleType]) -> None:
+    batch = {"x": torch.ones(1_000_000)}
+    measured = scripts["memory"].peak_memory(_Adds, torch.nn.Linear(1, 1), batch, batch)
+    assert measured["held"] == 6_000_000
+    assert measured["saved"] == 4_000_000
+    assert measured["peak"] == pytest.approx(14_000_000, rel=1e-3)
+
+
+def test_views_and_empty_tensors_are_no_launches(scripts: dict[str, ModuleType]) -> None:
+    counting = scripts["counting"].Counting()
+    x, mask = torch.ones(4, 4), torch.tensor([True, False])
+    with counting:
+        torch.empty(3)
+        y = x.view(2, 8) + 1
+        y.sum().item()
+        y[mask]
+    assert counting.launches == {"aten::add": 1, "aten::sum": 1}
+    assert set(counting.syncs) == {"aten::_local_scalar_dense", "aten::index"}
