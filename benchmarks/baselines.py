@@ -69,6 +69,12 @@ class Method:
         if self.optimizer is not None:
             self.optimizer.zero_grad()
 
+    def make_gradients(self) -> None:
+        """Zero gradients, so that autograd adds to them in each of two passes whose launches are compared."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
     def prepare(self, small: Batch) -> None:
         """Bring the schedule into its pruning phase, with cheap steps."""
         for _ in range(4):
@@ -196,6 +202,10 @@ class Igulora(Method):
 
     def book(self) -> None:
         self.controller.step()
+
+    def make_gradients(self) -> None:
+        """The controller makes them, as views of one buffer; what is left to do is to clear those that a pass left."""
+        self.optimizer.zero_grad(set_to_none=False)
 
     def prepare(self, small: Batch) -> None:
         """Four windows: three precede the first allocation, the last shows where in a window path rows come."""

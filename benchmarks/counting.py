@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from baselines import Method
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Operators that hand a value to the host, or whose result's shape depends on values.
 SYNCS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
@@ -30,22 +31,39 @@ FREE = {
 class Counting(TorchDispatchMode):
     """Counts operators that would each be at least one launch on a GPU: neither views nor mere allocation.
 
-    A custom operator counts as one: what its reference does inside is not what its kernel will do.
+    A custom operator counts as one: what its reference does inside is not what its kernel will do. Numbers drawn from a
+    CPU generator, and what is computed from nothing else, stay on the host on any machine: neither launches nor syncs.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._host: dict[int, UntypedStorage] = {}
         self.launches: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         short = name.split("::")[1]
-        if short in SYNCS or _masks_by_index(short, args):
+        result = func(*args, **(kwargs or {}))
+        if self._on_host(args, kwargs or {}):
+            for tensor in _tensors(result):
+                self._host[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        elif short in SYNCS or _masks_by_index(short, args):
             self.syncs[name] += 1
         elif not func.is_view and short not in FREE:
             self.launches[name] += 1
-        return func(*args, **(kwargs or {}))
+        return result
+
+    def _on_host(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        tensors = _tensors((args, kwargs))
+        generator = kwargs.get("generator")
+        if generator is not None and not any(t.untyped_storage().data_ptr() not in self._host for t in tensors):
+            return generator.device.type == "cpu"
+        return bool(tensors) and all(t.untyped_storage().data_ptr() in self._host for t in tensors)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _masks_by_index(short: str, args: tuple[Any, ...]) -> bool:
@@ -61,13 +79,6 @@ def _count(run: Callable[[], object]) -> Counting:
     return counting
 
 
-def _make_gradients(method: Method) -> None:
-    """Zero gradients, so that autograd adds to them in every pass that is counted, and never in only one of two."""
-    for parameter in method.model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-
-
 def count_step(method: Method, batch: dict[str, Tensor]) -> dict[str, Any]:
     """Counts of one step of a prepared method, which is not to be used afterwards: its last pass is never stepped.
 
@@ -78,12 +89,12 @@ def count_step(method: Method, batch: dict[str, Tensor]) -> dict[str, Any]:
         operator.
     """
     step = _count(lambda: method.step(batch))
-    _make_gradients(method)
+    method.make_gradients()
     backward = _count(lambda: method.backward(batch))
     if method.optimizer is not None:
         method.optimizer.step()
     book = _count(method.book)
-    _make_gradients(method)
+    method.make_gradients()
     bare = _count(lambda: method.bare(batch))
     launches = backward.launches - bare.launches + book.launches
     syncs = backward.syncs - bare.syncs + book.syncs

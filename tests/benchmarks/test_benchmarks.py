@@ -148,3 +148,12 @@ def test_views_and_empty_tensors_are_no_launches(scripts: dict[str, ModuleType])
         y[mask]
     assert counting.launches == {"aten::add": 1, "aten::sum": 1}
     assert set(counting.syncs) == {"aten::_local_scalar_dense", "aten::index"}
+
+
+def test_numbers_drawn_on_the_host_are_neither_launches_nor_syncs(scripts: dict[str, ModuleType]) -> None:
+    counting, generator = scripts["counting"].Counting(), torch.Generator().manual_seed(0)
+    with counting:
+        drawn = torch.randint(5, (), generator=generator)
+        assert (drawn + 1).item() > 0
+    assert not counting.launches
+    assert not counting.syncs
