@@ -1,11 +1,11 @@
 """igulora: adaptive-rank fine-tuning (IGU-LoRA, AdaLoRA) at the cost of plain LoRA.
 
-    model = igulora.adapt(model, igulora.IGUConfig(r=32, target_rank=16, total_steps=1000))
-    opt = torch.optim.AdamW(igulora.param_groups(model, lr=5e-4), fused=True)
-    ctl = igulora.Controller(model)
-    for batch in loader:
-        loss = ctl.backward(lambda b: model(**b).loss, batch)
-        opt.step(); ctl.step(); opt.zero_grad()
+model = igulora.adapt(model, igulora.IGUConfig(r=32, target_rank=16, total_steps=1000))
+opt = torch.optim.AdamW(igulora.param_groups(model, lr=5e-4), fused=True)
+ctl = igulora.Controller(model)
+for batch in loader:
+    loss = ctl.backward(lambda b: model(**b).loss, batch)
+    opt.step(); ctl.step(); opt.zero_grad()
 """
 
 from .adapt import adapt, merge, remove, unmerge

@@ -61,7 +61,9 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
     modules = dict(model.named_modules())
     devices = sorted({str(modules[n].weight.device) for n in names})
     if len(devices) > 1:
-        raise ValueError(f"expected all target layers on one device, got {', '.join(devices)}; move the model to one first")
+        raise ValueError(
+            f"expected all target layers on one device, got {', '.join(devices)}; move the model to one first"
+        )
 
     generator = torch.Generator().manual_seed(config.seed)
     layers = []

@@ -83,9 +83,7 @@ class Layout:
         Args:
             starts: number of the first triplet of each layer.
         """
-        table = [
-            (s.offset + i * s.length, s.length, starts[s.slot] + i) for s in self.slices for i in range(s.rows)
-        ]
+        table = [(s.offset + i * s.length, s.length, starts[s.slot] + i) for s in self.slices for i in range(s.rows)]
         return torch.tensor(table, dtype=torch.int64).reshape(-1, 3)
 
 
@@ -268,9 +266,7 @@ class Bank:
     def ranks(self) -> dict[str, int]:
         """Live triplets of every module (synchronises with the device)."""
         live = self.live.tolist()
-        return {
-            name: int(sum(live[self.starts[i] : self.starts[i + 1]])) for i, name in enumerate(self.names)
-        }
+        return {name: int(sum(live[self.starts[i] : self.starts[i + 1]])) for i, name in enumerate(self.names)}
 
     def layer_of(self, name: str) -> FusedSVDLinear:
         """The adapted layer called ``name``."""

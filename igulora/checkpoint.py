@@ -55,7 +55,9 @@ def save_adapter(model: nn.Module, directory: str | Path, controller: Controller
     """
     directory, bank = Path(directory), find_bank(model)
     if any(layer.merged for layer in bank.layers):
-        raise ValueError("expected an unmerged model, got a merged one; call igulora.unmerge(model) before saving its adapter")
+        raise ValueError(
+            "expected an unmerged model, got a merged one; call igulora.unmerge(model) before saving its adapter"
+        )
     config: IGUConfig = model.igulora_config  # type: ignore[assignment]
     tensors: dict[str, Tensor] = {}
     for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
@@ -93,9 +95,13 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     directory = Path(directory)
     meta = read_json(directory / CONFIG_FILE)
     if meta.get("library") != "igulora" or not isinstance(meta.get("modules"), dict):
-        raise ValueError(f"expected an igulora adapter in {directory}, got a {CONFIG_FILE} without its marks; was it made by igulora?")
+        raise ValueError(
+            f"expected an igulora adapter in {directory}, got a {CONFIG_FILE} without its marks; was it made by igulora?"
+        )
     if meta.get("format") != FORMAT:
-        raise ValueError(f"expected adapter format {FORMAT} in {directory}, got {meta.get('format')!r}; use a matching igulora version")
+        raise ValueError(
+            f"expected adapter format {FORMAT} in {directory}, got {meta.get('format')!r}; use a matching igulora version"
+        )
     tensors = read_tensors(directory / ADAPTER_FILE)
     config = IGUConfig.from_dict(meta["config"])
     modules: dict[str, dict[str, Tensor]] = {}
@@ -105,13 +111,17 @@ def read_adapter(directory: str | Path) -> AdapterFile:
             tensor = tensors.pop(f"{name}.{part}", None)
             if tensor is None or tensor.shape[0] != rank or not tensor.is_floating_point():
                 got = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(f"expected {name}.{part} with {rank} rows in {directory / ADAPTER_FILE}, got {got}; the folder is damaged")
+                raise ValueError(
+                    f"expected {name}.{part} with {rank} rows in {directory / ADAPTER_FILE}, got {got}; the folder is damaged"
+                )
             modules[name][part] = tensor
     saved: dict[str, dict[str, Tensor]] = {name: {} for name in meta["saved"]}
     for key in list(tensors):
         owner = next((n for n in saved if key.startswith(f"{n}.saved.")), None)
         if owner is None:
-            raise ValueError(f"expected only tensors of the adapter in {directory / ADAPTER_FILE}, got {key!r}; the file is foreign")
+            raise ValueError(
+                f"expected only tensors of the adapter in {directory / ADAPTER_FILE}, got {key!r}; the file is foreign"
+            )
         saved[owner][key[len(owner) + len(".saved.") :]] = tensors.pop(key)
     return AdapterFile(config, modules, saved, meta, _score_terms(directory, meta))
 
@@ -138,7 +148,9 @@ def _check_fits(file: AdapterFile, shapes: dict[str, tuple[int, int]], directory
     if wrong:
         more = f"\n  ... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(
-            f"expected the model that the adapter in {directory} was trained on, got another:\n  " + "\n  ".join(wrong[:10]) + more
+            f"expected the model that the adapter in {directory} was trained on, got another:\n  "
+            + "\n  ".join(wrong[:10])
+            + more
         )
 
 
@@ -155,7 +167,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     names = {name for name, _ in model.named_modules()}
     for name in file.saved:
         if name not in names:
-            raise ValueError(f"expected the model to have the module {name!r} saved in {directory}, got a model without it")
+            raise ValueError(f"expected a model with the module {name!r} saved in {directory}, got one without it")
     config = IGUConfig.from_dict(
         {
             **file.config.to_dict(),
@@ -211,7 +223,10 @@ def save_checkpoint(
             else:
                 scalars.setdefault(str(index), {})[key] = value
     write_tensors(directory / OPTIMIZER_FILE, tensors)
-    groups = [{k: v for k, v in g.items() if isinstance(v, (int, float, bool, str, list, tuple, type(None)))} for g in state["param_groups"]]
+    groups = [
+        {k: v for k, v in g.items() if isinstance(v, (int, float, bool, str, list, tuple, type(None)))}
+        for g in state["param_groups"]
+    ]
     write_json(directory / TRAINER_FILE, {"groups": groups, "scalars": scalars, "extra": extra or {}})
     return directory
 
@@ -233,7 +248,9 @@ def load_checkpoint(
     if list(file.modules) != bank.names or any(
         parts["lora_E"].shape[0] != layer.r for parts, layer in zip(file.modules.values(), bank.layers, strict=True)
     ):
-        raise ValueError(f"expected the adapter in {directory} to have the model's modules and ranks, got others; resume with the same options")
+        raise ValueError(
+            f"expected the modules and ranks of the model in {directory}, got others; resume with the same options"
+        )
     tensors = read_tensors(directory / OPTIMIZER_FILE)
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
@@ -245,7 +262,9 @@ def load_checkpoint(
     groups = trainer["groups"]
     mine = optimizer.state_dict()["param_groups"]
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in mine]:
-        raise ValueError(f"expected an optimizer with the parameter groups saved in {directory}, got other groups; build it the same way")
+        raise ValueError(
+            f"expected an optimizer with the parameter groups saved in {directory}, got other groups; build it the same way"
+        )
     merged = [{**own, **saved} for own, saved in zip(mine, groups, strict=True)]
     controller.load_state_dict({"tensors": read_tensors(directory / CONTROLLER_FILE), "meta": file.meta["controller"]})
     _fill(model, file)

@@ -15,7 +15,7 @@ def _check_fixed(bank: Bank) -> None:
     returning = int(((bank.mask > 0) & (bank.live == 0)).sum())
     if returning:
         raise ValueError(
-            f"expected fixed ranks, got {returning} pruned triplets that may still grow back (prune=\"soft\" before the final phase); "
+            f'expected fixed ranks, got {returning} pruned triplets that may still grow back (prune="soft" before the final phase); '
             'compact after step total_steps - t_final, or use prune="hard"'
         )
     if any(layer.merged for layer in bank.layers):
@@ -38,7 +38,7 @@ def compact(
         controller: shrinks score states.
 
     Raises:
-        ValueError: pruned triplets may still grow back, the model is merged, or the controller belongs to another model. Nothing is changed then.
+        ValueError: pruned triplets may still grow back, the model is merged, or the controller is another model's. Nothing is changed.
     """
     bank = find_bank(model)
     _check_fixed(bank)
@@ -51,8 +51,8 @@ def compact(
     buffers: list[tuple[object, str, Callable[[], Tensor]]] = []
     if controller is not None:
         owners: list[tuple[object, str]] = [(controller.importance, "mean"), (controller.importance, "deviation")]
-        if controller._absolute is not None:
-            owners.append((controller, "_absolute"))
+        if controller.passes.absolute is not None:
+            owners.append((controller.passes, "absolute"))
         buffers = [(owner, name, refill(getattr(owner, name))) for owner, name in owners]
         controller.importance.terms = controller.importance.terms[:, kept]
         controller.importance.row_stats = None

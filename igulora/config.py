@@ -159,7 +159,9 @@ class IGUConfig:
             if getattr(self, name) < low:
                 raise ValueError(f"expected {name} >= {low}, got {getattr(self, name)}")
         if self.estimator == "trapezoid" and self.nodes < 2:  # type: ignore[operator]
-            raise ValueError(f"expected nodes >= 2 for estimator={self.estimator!r} (an interior node), got {self.nodes}")
+            raise ValueError(
+                f"expected nodes >= 2 for estimator={self.estimator!r} (an interior node), got {self.nodes}"
+            )
         if self.adaptive and self.target_rank > self.r:
             raise ValueError(
                 f"expected target_rank <= r, got target_rank={self.target_rank} > r={self.r}; "

@@ -9,17 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapt import saved_modules
 from .allocation import Allocator
 from .bank import find_bank
-from .batches import append_rows, batch_size, count_loss_terms, coupling, take_rows
 from .config import MIN_UPDATES, IGUConfig
 from .errors import nearest
 from .importance import Importance
 from .kernels import orthogonality_grad_
-from .quadrature import Quadrature, path_factors
-
-LossFn = Callable[[Any], Tensor]
+from .path_pass import LossFn, PathPasses
 
 
 @dataclass(frozen=True)
@@ -31,16 +27,6 @@ class StepInfo:
     phase: str
     scored: bool
     allocated: bool
-
-
-@dataclass(frozen=True)
-class _PathRows:
-    """Device tensors of one scored micro-batch's path rows: which sequences, at which alpha, with which factor."""
-
-    rows: Tensor
-    alpha: Tensor
-    factor: Tensor
-    copies: int
 
 
 class Controller:
@@ -79,52 +65,32 @@ class Controller:
         self.model, self.bank = model, find_bank(model)
         self.config: IGUConfig = model.igulora_config  # type: ignore[assignment]
         self.accumulation_steps = accumulation_steps
-        self.loss_terms = loss_terms
         self.trace = list(self.bank.names) if trace == "all" else list(trace)
         for name in self.trace:
             if name not in self.bank.names:
-                raise ValueError(f"expected trace to name adapted modules, got {name!r}.{nearest(name, self.bank.names)}")
-        self.quadrature = Quadrature(self.config)
+                raise ValueError(
+                    f"expected trace to name adapted modules, got {name!r}.{nearest(name, self.bank.names)}"
+                )
+        self.passes = PathPasses(model, self.bank, self.config, loss_terms)
         self.importance = Importance(self.bank, self.config)
         self.allocator = Allocator(self.bank, self.config)
         self.global_step = 0
         self.penalty: Tensor | None = None
-        self._in_window = 0  # micro-batches of the current window
         self._regularised = False
-        self._absolute: Tensor | None = None
         self._events: list[tuple[int, int, Tensor]] = []
         self._series: list[tuple[int, Tensor]] = []
         self._check_schedule()
-        # Trainable parameters that are neither adapters nor modules to save: path rows must not reach them.
-        self._others = _other_trainables(model)
-        if self._wants_rows and self.config.path_pass == "mixed":
-            self._check_mixed(model)
         context = self.bank.context
         context.controlled, context.unstepped = True, 0
         context.allowed_unstepped = accumulation_steps
-
-    def _check_mixed(self, model: nn.Module) -> None:
-        reason = coupling(model)
-        if reason:
-            raise ValueError(
-                f'expected a model whose rows do not influence each other for path_pass="mixed", but {reason}; '
-                'use IGUConfig(path_pass="separate")'
-            )
-        if self._others:
-            names = [n for n, p in model.named_parameters() if any(p is other for other in self._others)]
-            raise ValueError(
-                'expected only adapters and modules_to_save to be trainable for path_pass="mixed", got also '
-                f"{', '.join(names[:4])}; name their module in modules_to_save, or use path_pass=\"separate\""
-            )
 
     def _check_schedule(self) -> None:
         config = self.config
         if not (config.adaptive and config.scored):
             return
         first = self.allocator.schedule.first_allocation
-        micro = (first - 1) * self.accumulation_steps  # the update due after `first` itself comes too late for the final step
-        if first < config.prunes_until:
-            micro += self.accumulation_steps
+        # Step `first` updates the scores before it allocates, except where it is the last: scoring ends one step earlier.
+        micro = (first if first < config.prunes_until else first - 1) * self.accumulation_steps
         steps_per_window = -(-config.window // self.accumulation_steps)  # type: ignore[operator]
         updates = micro // (steps_per_window * self.accumulation_steps)
         if updates < MIN_UPDATES:
@@ -176,10 +142,6 @@ class Controller:
     # -- one micro-batch ----------------------------------------------------------------------------------------------
 
     @property
-    def _wants_rows(self) -> bool:
-        return self.config.adaptive and self.config.scored and self.quadrature.samples_path
-
-    @property
     def _scoring(self) -> bool:
         """Whether samples taken now can still reach an allocation."""
         config = self.config
@@ -207,11 +169,9 @@ class Controller:
         bank.context.check_stepped()
         bank.bind_grads()
         scale = 1.0 / self.accumulation_steps if scale is None else scale
-        if not (self._scoring and self.config.estimator != "instantaneous"):
-            loss = self._train_pass(loss_fn, batch, scale)
-        else:
-            loss = self._scored_backward(loss_fn, batch, scale)
-            self._in_window += 1
+        sampling = self._scoring and self.config.estimator != "instantaneous"
+        run = self.passes.train_and_sample if sampling else self.passes.train
+        loss = run(loss_fn, batch, scale)
         self.regularise()
         return loss
 
@@ -233,134 +193,10 @@ class Controller:
         )
         self._regularised = True
 
-    def _train_pass(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
-        loss = _checked(loss_fn(batch))
-        (loss * scale).backward()
-        return loss.detach()
-
-    def _scored_backward(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
-        config, per_window = self.config, self.quadrature.per_window
-        if self._in_window == 0:
-            self.quadrature.start_window()
-        due = self._in_window < config.window and self._in_window % config.ig_every == 0  # type: ignore[operator]
-        if config.estimator in ("on-path", "on-path-stratified"):
-            loss = self._on_path_pass(loss_fn, batch, scale, due)
-        elif not due:
-            return self._train_pass(loss_fn, batch, scale)
-        else:
-            rows, endpoint = self._draw(batch, per_window)
-            if config.path_pass == "mixed":
-                loss = self._mixed_pass(loss_fn, batch, scale, rows, endpoint)
-            else:
-                loss = self._separate_passes(loss_fn, batch, scale, rows, endpoint)
-        if due and config.aggregate == "absolute":
-            self._fold_absolute()
-        return loss
-
-    def _draw(self, batch: Any, per_window: int) -> tuple[_PathRows, float]:
-        """The path rows of this micro-batch, and the factor of its training gradient."""
-        chosen = self.quadrature.rows_of(batch_size(batch))
-        sample = self.quadrature.sample(len(chosen))
-        alphas, factors = [], []
-        for copy_alphas, copy_factors in zip(sample.alphas, sample.factors, strict=True):
-            for alpha, factor in zip(copy_alphas, copy_factors, strict=True):
-                forward, gradient = path_factors(alpha, self.config.path)  # type: ignore[arg-type]
-                alphas.append(forward)
-                factors.append(factor * gradient / per_window)
-        copies = len(sample.alphas)
-        rows = _PathRows(
-            self._on_device(chosen * copies, torch.int64),
-            self._on_device(alphas, self.bank.dtype),
-            self._on_device(factors, self.bank.dtype),
-            copies,
-        )
-        return rows, sample.endpoint / per_window
-
-    def _mixed_pass(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows, endpoint: float) -> Tensor:
-        """Training rows at alpha = 1 and path rows at theirs in one pass, each part rescaled from the joint mean to its own."""
-        bank, size = self.bank, batch_size(batch)
-        terms = self._terms(batch, size)
-        path_terms = terms.index_select(0, path.rows)
-        train_total = terms.sum().clamp_(min=1.0)
-        # Path rows hold `copies` times the same sequences: each copy is a mean over its own terms.
-        path_mean = (path_terms.sum() / path.copies).clamp_(min=1.0)
-        path_weight = path.factor * (train_total / path_mean / scale)
-        alpha = torch.cat((torch.ones(size, dtype=bank.dtype, device=bank.device), path.alpha))
-        weight = torch.cat((torch.full((size,), endpoint / scale, dtype=bank.dtype, device=bank.device), path_weight))
-        self._touch_path()
-        with bank.context.at(alpha, size, 0 if endpoint else size, weight):
-            loss = _checked(loss_fn(append_rows(batch, path.rows)))
-            joint = scale * (train_total + path_terms.sum()) / train_total
-            loss.backward(joint.to(loss.dtype))
-        return loss.detach()
-
-    def _separate_passes(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows, endpoint: float) -> Tensor:
-        bank = self.bank
-        self._touch_path()
-        if endpoint:
-            one = torch.ones(1, dtype=bank.dtype, device=bank.device)
-            with bank.context.at(one, 1, 0, one * (endpoint / scale)):
-                loss = self._train_pass(loss_fn, batch, scale)
-        else:
-            loss = self._train_pass(loss_fn, batch, scale)
-        for param in self._others:
-            param.requires_grad_(False)
-        try:
-            with bank.context.at(path.alpha, 0, 0, path.factor * path.copies):
-                _checked(loss_fn(take_rows(batch, path.rows))).backward()
-        finally:
-            for param in self._others:
-                param.requires_grad_(True)
-        return loss
-
-    def _on_path_pass(self, loss_fn: LossFn, batch: Any, scale: float, due: bool) -> Tensor:
-        """The training pass itself runs on the path, and its gradient is the sample (the released code)."""
-        bank, config = self.bank, self.config
-        stratified = config.estimator == "on-path-stratified"
-        alphas = self.quadrature.on_path(batch_size(batch) if stratified else None)
-        pairs = [path_factors(alpha, config.path) for alpha in alphas]  # type: ignore[arg-type]
-        alpha = self._on_device([forward for forward, _ in pairs], bank.dtype)
-        if not due:
-            with bank.context.at(alpha):
-                return self._train_pass(loss_fn, batch, scale)
-        per_window = self.quadrature.per_window
-        weight = self._on_device([gradient / (per_window * scale) for _, gradient in pairs], bank.dtype)
-        self._touch_path()
-        with bank.context.at(alpha, alpha.numel(), 0, weight):
-            return self._train_pass(loss_fn, batch, scale)
-
-    def _terms(self, batch: Any, size: int) -> Tensor:
-        terms = self.loss_terms(batch) if self.loss_terms is not None else count_loss_terms(batch, self.model)
-        if not isinstance(terms, Tensor) or tuple(terms.shape) != (size,):
-            shape = tuple(terms.shape) if isinstance(terms, Tensor) else type(terms).__name__
-            raise ValueError(f"expected loss_terms to give a tensor of shape ({size},), one count per sequence, got {shape}")
-        return terms.to(self.bank.device, self.bank.dtype, non_blocking=True)
-
-    def _touch_path(self) -> None:
-        """Make the accumulator and its leaves; zero it at the start of a window (and of a micro-batch when absolute)."""
-        path = self.bank.path
-        if self._in_window == 0 or self.config.aggregate == "absolute":
-            path.zero_()
-
-    @torch.no_grad()
-    def _fold_absolute(self) -> None:
-        """Eq. 7: the mean over micro-batches of |w| |sample|. The factor 1/J is in the samples already."""
-        if self._absolute is None:
-            self._absolute = torch.zeros_like(self.bank.weight)
-        if self._in_window == 0:
-            self._absolute.zero_()
-        self._absolute.add_((self.bank.weight * self.bank.path).abs_())
-
-    def _on_device(self, values: list[Any], dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        if self.bank.device.type == "cuda":
-            return host.pin_memory().to(self.bank.device, non_blocking=True)
-        return host.to(self.bank.device)
-
     def _follow_device(self) -> None:
         if self.importance.mean.device != self.bank.device:
             self.importance.to(self.bank.device)
-            self._absolute = None if self._absolute is None else self._absolute.to(self.bank.device)
+            self.passes.to(self.bank.device)
 
     # -- one optimizer step -------------------------------------------------------------------------------------------
 
@@ -378,19 +214,15 @@ class Controller:
         bank.refresh()
         self._follow_device()
         micro_batches = max(bank.context.unstepped, 1)
-        if not self.config.adaptive:
-            self.global_step += 1
-            self._reset_step()
-            return StepInfo(self.global_step, self.budget, self.phase, False, False)
         scored = False
         if self._scoring:
             if config.estimator == "instantaneous":
-                self._take_training_gradient(micro_batches)
-            scored = self._in_window >= config.window  # type: ignore[operator]
+                self.passes.sample_training_gradient(micro_batches)
+            scored = self.passes.complete
             if scored:
-                self._close_window()
+                self._update_scores()
         self.global_step += 1
-        due = self.allocator.schedule.is_due(self.global_step)
+        due = config.adaptive and self.allocator.schedule.is_due(self.global_step)
         if due:
             self.allocator.allocate(self.importance, self.global_step)
             ranks = bank.live.new_zeros(len(bank.layers)).index_add_(0, bank.layer_index, bank.live)
@@ -402,30 +234,8 @@ class Controller:
         self.bank.context.unstepped = 0
         self._regularised = False
 
-    def _take_training_gradient(self, micro_batches: int) -> None:
-        """AdaLoRA's sensitivity and ablation IGU-LoRA-1: T is the training gradient as the optimizer saw it."""
-        self.bank.bind_grads()
-        if self.config.window == 1 and self.config.aggregate == "signed":
-            self._in_window = 1
-            return
-        share = min(micro_batches, self.config.window - self._in_window) / self.config.window  # type: ignore[operator]
-        self._touch_path()
-        self.bank.path.add_(self.bank.grad, alpha=share)
-        if self.config.aggregate == "absolute":
-            self._fold_absolute()
-        self._in_window += micro_batches
-
-    def _close_window(self) -> None:
-        config, bank = self.config, self.bank
-        if config.aggregate == "absolute":
-            assert self._absolute is not None
-            path = self._absolute
-        elif config.estimator == "instantaneous" and config.window == 1:
-            path = bank.grad
-        else:
-            path = bank.path
-        self.importance.update(path)
-        self._in_window = 0
+    def _update_scores(self) -> None:
+        self.importance.update(self.passes.close_window())
         if self.trace:
             stats = self.importance.module_stats()
             self._series.append((self.global_step + 1, torch.stack([stats[k] for k in ("y", "mean", "deviation")])))
@@ -434,23 +244,17 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """``{"tensors": name -> tensor, "meta": JSON-able}``: everything that an exact resume needs beside the adapter itself."""
-        quadrature = self.quadrature.state_dict()
-        scores = self.importance.state_dict()
+        passes, scores = self.passes.state_dict(), self.importance.state_dict()
         tensors: dict[str, Tensor] = {
-            "generator": quadrature.pop("generator"),
             "live": self.bank.live,
             **{k: v for k, v in scores.items() if isinstance(v, Tensor)},
+            **passes["tensors"],
         }
-        if self._in_window and self.bank.context.leaves:
-            tensors["path"] = self.bank.path.detach()
-        if self._in_window and self._absolute is not None:
-            tensors["absolute"] = self._absolute
         meta = {
             "global_step": self.global_step,
-            "in_window": self._in_window,
             "updates": scores["updates"],
             "initial_budget": self.allocator.schedule.initial,
-            "quadrature": quadrature,
+            "passes": passes["meta"],
             "history": self.history,
             "trace": self.trace,
             "series": [[step, stats.tolist()] for step, stats in self._series],
@@ -474,12 +278,8 @@ class Controller:
         self.importance.load_state_dict({**tensors, "updates": meta["updates"]})
         bank.live.copy_(tensors["live"])
         self.allocator = Allocator(bank, self.config, initial=int(meta["initial_budget"]))
-        self.quadrature.load_state_dict({**meta["quadrature"], "generator": tensors["generator"]})
-        self.global_step, self._in_window = int(meta["global_step"]), int(meta["in_window"])
-        if "path" in tensors:
-            bank.path.copy_(tensors["path"])
-        if "absolute" in tensors:
-            self._absolute = tensors["absolute"].to(bank.device)
+        self.passes.load_state_dict(tensors, meta["passes"])
+        self.global_step = int(meta["global_step"])
         self._events = [
             (int(e["step"]), int(e["budget"]), torch.tensor([e["ranks"][name] for name in bank.names]))
             for e in meta["history"]
@@ -487,16 +287,3 @@ class Controller:
         if meta["trace"] == self.trace:
             self._series = [(int(step), torch.tensor(stats)) for step, stats in meta["series"]]
         self._reset_step()
-
-
-def _checked(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(f"expected loss_fn to return a scalar loss tensor, got {got}; return a mean over the batch's loss terms")
-    return loss.reshape(())
-
-
-def _other_trainables(model: nn.Module) -> list[nn.Parameter]:
-    ours = {id(p) for layer in find_bank(model).layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
-    ours |= {id(p) for saved in saved_modules(model).values() for p in saved.module.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in ours]

@@ -63,7 +63,9 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
         saved, dropout = file.saved, file.config.dropout
     factors = {name: (A, B) for name, (A, B) in factors.items() if A.shape[0]}
     if not factors:
-        raise ValueError("expected at least one module with a live, non-zero triplet to export, got none; train the adapter first")
+        raise ValueError(
+            "expected at least one module with a live, non-zero triplet to export, got none; train the adapter first"
+        )
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A

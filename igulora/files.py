@@ -49,11 +49,15 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file. ValueError: it is not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"expected the file {path.name} in {path.parent}, found none; is this an igulora folder?")
+        raise FileNotFoundError(
+            f"expected the file {path.name} in {path.parent}, found none; is this an igulora folder?"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"expected JSON in {path}, got something else ({error}); the file is damaged or foreign") from error
+        raise ValueError(
+            f"expected JSON in {path}, got something else ({error}); the file is damaged or foreign"
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object in {path}, got {type(value).__name__}")
     return value
@@ -66,7 +70,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file. ValueError: it is truncated or no safetensors file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"expected the file {path.name} in {path.parent}, found none; is this an igulora folder?")
+        raise FileNotFoundError(
+            f"expected the file {path.name} in {path.parent}, found none; is this an igulora folder?"
+        )
     try:
         return load_file(path)
     except (SafetensorError, ValueError, OSError) as error:

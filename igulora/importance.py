@@ -75,7 +75,9 @@ class Importance:
             ValueError: no update was made yet.
         """
         if self.updates == 0:
-            raise ValueError("expected scores, got none yet: no window of path samples has been completed; train on first")
+            raise ValueError(
+                "expected scores, got none yet: no window of path samples has been completed; train on first"
+            )
         how = self.config.normalize
         magnitude = self.config.lambda_score == "magnitude"
         first = self.bank.lambdas.abs() if magnitude else self.terms[0]

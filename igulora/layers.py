@@ -42,8 +42,8 @@ class FusedSVDLinear(nn.Module):
         r: number of stored triplets, from 0 up.
         lora_alpha: the update is scaled by ``lora_alpha / r``; r by default.
         dropout: probability of dropping an input entry on its way to Q, in training.
-        init: "orthonormal" rows of P and Q, lambda = ``init_lambda`` (default); "gaussian" N(0, 0.02^2), PEFT's; "lora" P = 0, Q as LoRA's A,
-            lambda = 1 and not trained.
+        init: "orthonormal" rows of P and Q, lambda = ``init_lambda`` (default); "gaussian" N(0, 0.02^2), PEFT's; "lora" P = 0, Q as
+            LoRA's A, lambda = 1 and not trained.
         init_lambda: start of lambda for the first two.
         generator: CPU generator the start is drawn from.
 

@@ -65,8 +65,12 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
         TypeError: ``target_modules`` is neither a string nor a list of strings.
     """
     wanted = config.target_modules
-    if not isinstance(wanted, str) and not (isinstance(wanted, (list, tuple)) and all(isinstance(w, str) for w in wanted)):
-        raise TypeError(f'expected target_modules to be "all-linear", a regular expression or a list of names, got {wanted!r}')
+    if not isinstance(wanted, str) and not (
+        isinstance(wanted, (list, tuple)) and all(isinstance(w, str) for w in wanted)
+    ):
+        raise TypeError(
+            f'expected target_modules to be "all-linear", a regular expression or a list of names, got {wanted!r}'
+        )
     modules = {name: module for name, module in model.named_modules() if name}
     inside_saved = [n for n in modules if any(n == s or n.startswith(s + ".") for s in saved)]
     excluded = {n for n in modules for e in config.exclude_modules if _ends_with(n, e)} | set(inside_saved)

@@ -71,7 +71,9 @@ def allocate_triplets(
         ValueError: shapes differ.
     """
     if scores.ndim != 1 or layer.shape != scores.shape:
-        raise ValueError(f"expected scores and layer of one shape (n,), got {tuple(scores.shape)}, {tuple(layer.shape)}")
+        raise ValueError(
+            f"expected scores and layer of one shape (n,), got {tuple(scores.shape)}, {tuple(layer.shape)}"
+        )
     for name, tensor in (("eligible", eligible), ("costs", costs)):
         if tensor is not None and tensor.shape != scores.shape:
             raise ValueError(f"expected {name} of shape {tuple(scores.shape)} like scores, got {tuple(tensor.shape)}")

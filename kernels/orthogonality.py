@@ -53,5 +53,7 @@ def orthogonality_grad_(
         ValueError: the buffers differ in length.
     """
     if weight.shape != grad.shape:
-        raise ValueError(f"expected weight and gradient of one length, got {tuple(weight.shape)} and {tuple(grad.shape)}")
+        raise ValueError(
+            f"expected weight and gradient of one length, got {tuple(weight.shape)} and {tuple(grad.shape)}"
+        )
     return _orthogonality_grad_(weight, grad, groups, gamma, offdiagonal)

@@ -69,7 +69,7 @@ def _svd_linear_fwd(
     T = _grouped(S, coef).to(x.dtype)
     y = T @ P.to(x.dtype) if bias is None else torch.addmm(bias, T, P.to(x.dtype))  # (M, r) @ (r, N)
     y.addmm_(x2, weight.t())  # the base product accumulates onto the small term: one rounding at the size of y
-    return y.view(x.shape[:-1] + (weight.shape[0],)), S
+    return y.view((*x.shape[:-1], weight.shape[0])), S
 
 
 @_svd_linear_fwd.register_fake
@@ -93,7 +93,7 @@ def _(
     path_start,
 ):
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return x.new_empty(x.shape[:-1] + (weight.shape[0],)), x.new_empty((rows, Q.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((rows, Q.shape[0]))
 
 
 @torch.library.custom_op("igulora::svd_linear_bwd", mutates_args=())
@@ -165,9 +165,7 @@ def _svd_linear_bwd(
 
 
 @_svd_linear_bwd.register_fake
-def _(
-    dy, S, x, weight, P, E, Q, mask, alpha, path_weight, seed, scale, dropout_p, train_groups, path_start, needs
-):
+def _(dy, S, x, weight, P, E, Q, mask, alpha, path_weight, seed, scale, dropout_p, train_groups, path_start, needs):
     shapes = (x, weight, weight[:, 0], P, E, Q, P, E, Q)
     return tuple(
         like.new_empty(like.shape) if need else x.new_empty((0,)) for like, need in zip(shapes, needs, strict=True)
@@ -175,9 +173,9 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, P, E, Q, mask, alpha, path_weight, path_P, path_E, path_Q, seed, scale, p, train_groups, start = inputs
+    x, weight, _bias, P, E, Q, mask, alpha, path_weight, *_leaves, seed = inputs[:13]
     ctx.save_for_backward(output[1], x, weight, P, E, Q, mask, alpha, path_weight, seed)
-    ctx.scalars = (scale, p, train_groups, start)
+    ctx.scalars = inputs[13:]  # scale, dropout_p, train_groups, path_start
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
@@ -199,7 +197,9 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _check(x: Tensor, weight: Tensor, P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, alpha: Tensor) -> None:
     if x.dtype not in _DTYPES:
-        raise TypeError(f"expected x in float64, float32, bfloat16 or float16, got {x.dtype}; convert it before the call")
+        raise TypeError(
+            f"expected x in float64, float32, bfloat16 or float16, got {x.dtype}; convert it before the call"
+        )
     if x.dtype != weight.dtype:
         raise TypeError(
             f"expected x and weight in one dtype, got x {x.dtype} and weight {weight.dtype}; convert one or use autocast"
@@ -280,7 +280,9 @@ def svd_linear(
     if not 0 <= path_start <= n:
         raise ValueError(f"expected 0 <= path_start <= {n} (the number of alphas), got {path_start}")
     if path_start < n and (path is None or path_weight is None or path_weight.numel() != n):
-        raise ValueError(f"expected path leaves and {n} path weights for path rows (path_start < number of alphas), got none")
+        raise ValueError(
+            f"expected path leaves and {n} path weights for path rows (path_start < number of alphas), got none"
+        )
     path_P, path_E, path_Q = path if path is not None else (None, None, None)
     args = (x, weight, bias, P, E, Q, mask, alpha, path_weight, path_P, path_E, path_Q, seed)
     return _svd_linear_fwd(*args, float(scale), float(dropout_p), train_groups, path_start)[0]
