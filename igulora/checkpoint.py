@@ -158,7 +158,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Adapt a base model with the adapter saved in ``directory``; returns the model. Everything is checked before the first change.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is incomplete or damaged, or the adapter belongs to another model (names and shapes listed).
+        FileNotFoundError, ValueError: the folder is incomplete or damaged, or the adapter is another model's (names and shapes listed).
     """
     directory = Path(directory)
     file = read_adapter(directory)

@@ -1,0 +1,275 @@
+"""Path passes: samples of the path gradient, taken with or beside the training pass, summed over a window (ALGORITHMS 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import saved_modules
+from .bank import Bank
+from .batches import append_rows, batch_size, count_loss_terms, coupling, take_rows
+from .config import IGUConfig
+from .quadrature import Quadrature, path_factors
+
+LossFn = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class _PathRows:
+    """Device tensors of one scored micro-batch: which sequences, at which alpha, with which factor; how often each occurs."""
+
+    rows: Tensor
+    alpha: Tensor
+    factor: Tensor
+    copies: int
+    endpoint: float  # factor of the training gradient f(1)
+
+
+class PathPasses:
+    """Runs the passes of a micro-batch and keeps the window: which micro-batches are scored and what they add up to.
+
+    Args:
+        model, bank, config: the adapted model and its options.
+        loss_terms: ``batch -> (batch,)`` loss terms per sequence; read from the labels by default.
+
+    Attributes:
+        in_window: micro-batches of the current window so far.
+        absolute: mean over the window of |w| |sample| (``aggregate="absolute"``), flat, or None.
+
+    Raises:
+        ValueError: mixed batches are asked of a model whose rows influence each other, or that trains more than adapters and saved modules.
+    """
+
+    def __init__(
+        self, model: nn.Module, bank: Bank, config: IGUConfig, loss_terms: Callable[[Any], Tensor] | None
+    ) -> None:
+        self.model, self.bank, self.config = model, bank, config
+        self.loss_terms = loss_terms
+        self.quadrature = Quadrature(config)
+        self.in_window = 0
+        self.absolute: Tensor | None = None
+        # Trainable parameters that are neither adapters nor modules to save: path rows must not reach them.
+        self._others = _other_trainables(model, bank)
+        wants_rows = config.adaptive and config.scored and self.quadrature.samples_path
+        if wants_rows and config.path_pass == "mixed":
+            self._check_mixed()
+
+    def _check_mixed(self) -> None:
+        reason = coupling(self.model)
+        if reason:
+            raise ValueError(
+                f'expected a model whose rows do not influence each other for path_pass="mixed", but {reason}; '
+                'use IGUConfig(path_pass="separate")'
+            )
+        if self._others:
+            names = [n for n, p in self.model.named_parameters() if any(p is other for other in self._others)]
+            raise ValueError(
+                'expected only adapters and modules_to_save to be trainable for path_pass="mixed", got also '
+                f'{", ".join(names[:4])}; name their module in modules_to_save, or use path_pass="separate"'
+            )
+
+    # -- passes -------------------------------------------------------------------------------------------------------
+
+    def train(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
+        """An ordinary training pass; returns the detached loss."""
+        loss = _checked(loss_fn(batch))
+        (loss * scale).backward()
+        return loss.detach()
+
+    def train_and_sample(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
+        """A training pass and, where the window wants one of this micro-batch, a sample of the path gradient."""
+        config = self.config
+        if self.in_window == 0:
+            self.quadrature.start_window()
+        due = self.in_window < config.window and self.in_window % config.ig_every == 0  # type: ignore[operator]
+        if due:
+            self._open_accumulator()
+        if config.estimator in ("on-path", "on-path-stratified"):
+            loss = self._on_path(loss_fn, batch, scale, due)
+        elif due:
+            run = self._mixed if config.path_pass == "mixed" else self._separate
+            loss = run(loss_fn, batch, scale, self._draw(batch))
+        else:
+            loss = self.train(loss_fn, batch, scale)
+        if due:
+            self._fold()
+        self.in_window += 1
+        return loss
+
+    def sample_training_gradient(self, micro_batches: int) -> None:
+        """``instantaneous``: T is the training gradient as the optimizer saw it (AdaLoRA; ablation IGU-LoRA-1)."""
+        config, bank = self.config, self.bank
+        bank.bind_grads()
+        if not self._reads_grad:
+            share = min(micro_batches, config.window - self.in_window) / config.window  # type: ignore[operator]
+            self._open_accumulator()
+            bank.path.add_(bank.grad, alpha=share)
+            self._fold()
+        self.in_window += micro_batches
+
+    @property
+    def _reads_grad(self) -> bool:
+        """AdaLoRA's window of one step needs no accumulator: the flat gradient is T."""
+        config = self.config
+        return config.estimator == "instantaneous" and config.window == 1 and config.aggregate == "signed"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the window has seen its M micro-batches."""
+        return self.in_window >= self.config.window  # type: ignore[operator]
+
+    def close_window(self) -> Tensor:
+        """End the window; returns T (or, with absolute aggregation, the mean of |w| |sample|), flat."""
+        self.in_window = 0
+        if self._reads_grad:
+            return self.bank.grad
+        if self.config.aggregate == "absolute":
+            assert self.absolute is not None
+            return self.absolute
+        return self.bank.path
+
+    def _draw(self, batch: Any) -> _PathRows:
+        chosen = self.quadrature.rows_of(batch_size(batch))
+        sample = self.quadrature.sample(len(chosen))
+        per_window = self.quadrature.per_window
+        alphas, factors = [], []
+        for copy_alphas, copy_factors in zip(sample.alphas, sample.factors, strict=True):
+            for alpha, factor in zip(copy_alphas, copy_factors, strict=True):
+                forward, gradient = path_factors(alpha, self.config.path)  # type: ignore[arg-type]
+                alphas.append(forward)
+                factors.append(factor * gradient / per_window)
+        return _PathRows(
+            self._on_device(chosen * len(sample.alphas), torch.int64),
+            self._on_device(alphas, self.bank.dtype),
+            self._on_device(factors, self.bank.dtype),
+            len(sample.alphas),
+            sample.endpoint / per_window,
+        )
+
+    def _mixed(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows) -> Tensor:
+        """Training rows at alpha = 1 and path rows at theirs in one pass, each part rescaled from the joint mean to its own."""
+        bank, size = self.bank, batch_size(batch)
+        terms = self._terms(batch, size)
+        path_terms = terms.index_select(0, path.rows)
+        train_total = terms.sum().clamp_(min=1.0)
+        path_mean = (path_terms.sum() / path.copies).clamp_(min=1.0)  # each copy of the sequences is a mean of its own
+        alpha = torch.cat((torch.ones_like(terms), path.alpha))
+        at_one = torch.full_like(terms, path.endpoint / scale)
+        weight = torch.cat((at_one, path.factor * (train_total / path_mean / scale)))
+        with bank.context.at(alpha, size, 0 if path.endpoint else size, weight):
+            loss = _checked(loss_fn(append_rows(batch, path.rows)))
+            joint = scale * (train_total + path_terms.sum()) / train_total
+            loss.backward(joint.to(loss.dtype))
+        return loss.detach()
+
+    def _separate(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows) -> Tensor:
+        """The training pass, then a pass of the path rows alone that trains nothing."""
+        context = self.bank.context
+        if path.endpoint:
+            one = path.alpha.new_ones(1)
+            with context.at(one, 1, 0, one * (path.endpoint / scale)):
+                loss = self.train(loss_fn, batch, scale)
+        else:
+            loss = self.train(loss_fn, batch, scale)
+        for param in self._others:
+            param.requires_grad_(False)
+        try:
+            with context.at(path.alpha, 0, 0, path.factor * path.copies):
+                _checked(loss_fn(take_rows(batch, path.rows))).backward()
+        finally:
+            for param in self._others:
+                param.requires_grad_(True)
+        return loss
+
+    def _on_path(self, loss_fn: LossFn, batch: Any, scale: float, due: bool) -> Tensor:
+        """The training pass itself runs on the path, and its gradient is the sample (the released code)."""
+        stratified = self.config.estimator == "on-path-stratified"
+        alphas = self.quadrature.on_path(batch_size(batch) if stratified else None)
+        pairs = [path_factors(alpha, self.config.path) for alpha in alphas]  # type: ignore[arg-type]
+        context, dtype = self.bank.context, self.bank.dtype
+        alpha = self._on_device([forward for forward, _ in pairs], dtype)
+        if not due:
+            with context.at(alpha):
+                return self.train(loss_fn, batch, scale)
+        weight = self._on_device([gradient / (self.quadrature.per_window * scale) for _, gradient in pairs], dtype)
+        with context.at(alpha, alpha.numel(), 0, weight):
+            return self.train(loss_fn, batch, scale)
+
+    # -- accumulators -------------------------------------------------------------------------------------------------
+
+    def _open_accumulator(self) -> None:
+        """Zero T at the start of a window, or of every sample where their absolute values are averaged."""
+        path = self.bank.path
+        if self.in_window == 0 or self.config.aggregate == "absolute":
+            path.zero_()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Eq. 7: the mean over micro-batches of |w| |sample|; the factor 1/J is in the samples already."""
+        if self.config.aggregate != "absolute":
+            return
+        if self.absolute is None:
+            self.absolute = torch.zeros_like(self.bank.weight)
+        if self.in_window == 0:
+            self.absolute.zero_()
+        self.absolute.add_((self.bank.weight * self.bank.path).abs_())
+
+    def _terms(self, batch: Any, size: int) -> Tensor:
+        terms = self.loss_terms(batch) if self.loss_terms is not None else count_loss_terms(batch, self.model)
+        if not isinstance(terms, Tensor) or tuple(terms.shape) != (size,):
+            shape = tuple(terms.shape) if isinstance(terms, Tensor) else type(terms).__name__
+            raise ValueError(
+                f"expected loss_terms to give a tensor of shape ({size},), one count per sequence, got {shape}"
+            )
+        return terms.to(self.bank.device, self.bank.dtype, non_blocking=True)
+
+    def _on_device(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        host = torch.tensor(values, dtype=dtype)
+        if self.bank.device.type == "cuda":
+            host = host.pin_memory()  # a copy from pageable memory would wait for the device
+        return host.to(self.bank.device, non_blocking=True)
+
+    def to(self, device: torch.device) -> None:
+        """Follow the bank to another device."""
+        self.absolute = None if self.absolute is None else self.absolute.to(device)
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"tensors", "meta"}``: generator, nodes still planned, and the sums of an unfinished window."""
+        quadrature = self.quadrature.state_dict()
+        tensors: dict[str, Tensor] = {"generator": quadrature.pop("generator")}
+        if self.in_window and self.bank.context.leaves:
+            tensors["path"] = self.bank.path
+        if self.in_window and self.absolute is not None:
+            tensors["absolute"] = self.absolute
+        return {"tensors": tensors, "meta": {"in_window": self.in_window, "quadrature": quadrature}}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Continue inside the window where :meth:`state_dict` was taken."""
+        self.quadrature.load_state_dict({**meta["quadrature"], "generator": tensors["generator"]})
+        self.in_window = int(meta["in_window"])
+        if "path" in tensors:
+            self.bank.path.copy_(tensors["path"])
+        if "absolute" in tensors:
+            self.absolute = tensors["absolute"].to(self.bank.device)
+
+
+def _checked(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(
+            f"expected loss_fn to return a scalar loss tensor, got {got}; return a mean over the batch's loss terms"
+        )
+    return loss.reshape(())
+
+
+def _other_trainables(model: nn.Module, bank: Bank) -> list[nn.Parameter]:
+    ours = {id(p) for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
+    ours |= {id(p) for saved in saved_modules(model).values() for p in saved.module.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
