@@ -34,15 +34,16 @@ def figure(result: dict[str, Any], target: Target) -> dict[str, float] | None:
     return {"median": counts["bookkeeping" if what == "launches" else what]} if counts else None
 
 
-def cell(value: dict[str, float] | None, limit: float) -> str:
+def cell(value: dict[str, float] | None, limit: float | None) -> str:
     """A measured value, with its spread, and by how much it misses the target if it does."""
     if value is None:
         return "not measured"
     median = value["median"]
+    missed = limit is not None and median > limit
     if isinstance(median, int):
-        return f"{median}" if median <= limit else f"{median} (missed)"
+        return f"{median}, missed" if missed else f"{median}"
     text = f"{median:.2f}" + (f" [{value['q1']:.2f}–{value['q3']:.2f}]" if "q1" in value else "")
-    return text if median <= limit else f"{text}, missed by {100 * (median / limit - 1):.0f}%"
+    return f"{text}, missed by {100 * (median / limit - 1):.0f}%" if missed else text
 
 
 def shape(result: dict[str, Any]) -> str:
@@ -74,7 +75,12 @@ def setting(record: dict[str, Any]) -> str:
 def targets_table(record: dict[str, Any]) -> str:
     """Targets beside what was measured."""
     rows = [
-        [t.what, f"≤ {t.limit:g}", *(cell(figure(result, t), t.limit) for result in record["results"])] for t in TARGETS
+        [
+            t.what,
+            "–" if t.limit is None else f"≤ {t.limit:g}",
+            *(cell(figure(result, t), t.limit) for result in record["results"]),
+        ]
+        for t in TARGETS
     ]
     return table(["what", "target", *(shape(r) for r in record["results"])], rows)
 

@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -235,6 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark and write its result file."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    os.environ["TQDM_DISABLE"] = "1"  # the loader's progress bars
+    warnings.filterwarnings(
+        "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
+    )  # PEFT
     say = partial(print, flush=True)
     cases = (
         [CASES[name] for name in options.case]
