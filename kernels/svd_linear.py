@@ -38,6 +38,8 @@ def _keep_factor(x2: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
 def _grouped(rows: Tensor, coef: Tensor) -> Tensor:
     """Multiply (M, r) rows by a coefficient per group: ``coef`` (n, r) over n equal groups of rows; returns coef's dtype."""
     n, r = coef.shape
+    if n == 0:
+        return coef.new_empty((0, r))
     return (rows.reshape(n, rows.shape[0] // n, r) * coef.unsqueeze(1)).reshape(rows.shape[0], r)
 
 
@@ -195,7 +197,9 @@ _svd_linear_fwd.register_autograd(_backward, setup_context=_setup_context)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check(x: Tensor, weight: Tensor, P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, alpha: Tensor) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, alpha: Tensor
+) -> None:
     if x.dtype not in _DTYPES:
         raise TypeError(
             f"expected x in float64, float32, bfloat16 or float16, got {x.dtype}; convert it before the call"
@@ -214,7 +218,13 @@ def _check(x: Tensor, weight: Tensor, P: Tensor, E: Tensor, Q: Tensor, mask: Ten
             )
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"expected x with {weight.shape[1]} features in its last dimension, got {tuple(x.shape)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"expected bias of shape {(weight.shape[0],)}, got {tuple(bias.shape)}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"expected x and bias in one dtype, got x {x.dtype} and bias {bias.dtype}; convert one")
     n = alpha.numel()
+    if n == 0:
+        raise ValueError("expected alpha to hold at least one value, got none")
     if n > 1 and (x.ndim < 2 or (x.shape[0] != n and (x.ndim > 2 or x.shape[0] % n))):
         raise ValueError(
             f"expected x to hold {n} sequences in its first dimension (one alpha each), got shape {tuple(x.shape)}; "
@@ -263,15 +273,18 @@ def svd_linear(
         y: (..., out) in x's dtype.
 
     Raises:
-        TypeError: x and weight differ in dtype, or the dtype is not supported.
-        ValueError: shapes do not fit, operands lie on several devices, or x's first dimension is not the sequences of alpha.
+        TypeError: x, weight and bias differ in dtype, or the dtype is not supported.
+        ValueError: shapes do not fit, a number is out of range, operands lie on several devices, or x's first dimension is not the
+            sequences of alpha.
     """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, P, E, Q, mask, alpha)
+    _check(x, weight, bias, P, E, Q, mask, alpha)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"expected 0 <= dropout_p < 1, got {dropout_p}")
     n = alpha.numel()
     train_groups = n if train_groups is None else train_groups
     if not 0 <= train_groups <= n:
