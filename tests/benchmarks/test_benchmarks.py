@@ -37,7 +37,7 @@ def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--model",
         "tiny",
         "--rounds",
-        "2",
+        "1",
         "--threads",
         "1",
         "--output",
