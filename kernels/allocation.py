@@ -17,10 +17,11 @@ def _allocate_triplets(
 ) -> Tensor:
     """Reference. Returns the live mask, float32 (n,) of 0 and 1."""
     n = scores.shape[0]
-    key = torch.where(torch.isnan(scores), torch.full_like(scores, -torch.inf), scores)
-    if eligible is not None:
-        key = torch.where(eligible, key, torch.full_like(key, -torch.inf))
-    order = torch.argsort(key, descending=True, stable=True)
+    nan = torch.isnan(scores)
+    order = torch.argsort(torch.where(nan, torch.full_like(scores, -torch.inf), scores), descending=True, stable=True)
+    # Behind the rest, also behind a score of -inf: first the NaN, then what may not be chosen.
+    last = nan.to(torch.int8) if eligible is None else torch.where(eligible, nan.to(torch.int8), 2)
+    order = order[torch.argsort(last[order], stable=True)]
     if min_rank > 0 and n:
         # Position of each triplet within its layer, best first: sort the score order by layer, keeping it stable.
         by_layer = order[torch.argsort(layer[order], stable=True)]
@@ -30,7 +31,9 @@ def _allocate_triplets(
         is_start[1:] = sorted_layer[1:] != sorted_layer[:-1]
         start = torch.cummax(torch.where(is_start, position, torch.zeros_like(position)), 0).values
         within = torch.empty_like(position).scatter_(0, by_layer, position - start)
-        order = order[torch.argsort((within[order] >= min_rank).to(torch.int8), stable=True)]
+        turn = (within >= min_rank).to(torch.int8)
+        turn = turn if eligible is None else torch.where(eligible, turn, 2)
+        order = order[torch.argsort(turn[order], stable=True)]
     if costs is None:
         kept = torch.arange(n, device=scores.device) < budget
     else:

@@ -20,7 +20,8 @@ def _orthogonality_grad_(weight: Tensor, grad: Tensor, groups: list[int], gamma:
         offset, matrices, rank, length = groups[i : i + 4]
         part = slice(offset, offset + matrices * rank * length)
         A = weight[part].view(matrices, rank, length)
-        gram = torch.bmm(A, A.transpose(1, 2))  # (matrices, rank, length) @ (matrices, length, rank)
+        with torch.autocast(weight.device.type, enabled=False):  # the caller may be inside autocast; this stays float32
+            gram = torch.bmm(A, A.transpose(1, 2))  # (matrices, rank, length) @ (matrices, length, rank)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         if offdiagonal:
             diagonal.zero_()
