@@ -1,0 +1,5 @@
+"""The ``igulora`` command."""
+
+from .main import main
+
+__all__ = ["main"]

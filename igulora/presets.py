@@ -1,0 +1,99 @@
+"""The hyper-parameters the IGU-LoRA paper trained with (its Tables 6 and 7), by task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of the paper's tables together with the values all of its rows share.
+
+    ``lr`` is AdamW's learning rate and ``batch_size`` counts sequences per optimizer step; ``t_init``, ``delta_t`` and ``t_final``
+    are optimizer steps (t_i, Δ_T and t_f of ALGORITHMS 2.4); ``r`` and ``target_rank`` are triplets per matrix before pruning and
+    on average after it. ``max_length`` counts tokens. The paper's ``t_init + t_final`` can exceed the steps that its 25 epochs
+    make of a small data set (RTE): such a run is refused until ``t_final`` is lowered or the epochs are raised.
+    """
+
+    name: str
+    lr: float
+    batch_size: int
+    t_init: int
+    delta_t: int
+    t_final: int
+    r: int
+    target_rank: int
+    epochs: int = 25
+    max_length: int = 512
+    window: int = 16
+    nodes: int = 20
+    beta1: float = 0.85
+    beta2: float = 0.85
+    eps: float = 1e-6
+    orthogonality: float = 0.1
+    estimator: str = "trapezoid"
+    patience: int = 10
+
+    def config_options(self, method: str = "igu") -> dict[str, Any]:
+        """The fields of :class:`igulora.IGUConfig` that this row sets for ``method``.
+
+        ``total_steps`` is not among them: it follows from the size of the data. The path's own fields (``estimator``, ``nodes``,
+        ``window``) are set for "igu" only; the other methods have values of their own for them.
+        """
+        names = ["r", "target_rank", "t_init", "delta_t", "t_final", "beta1", "beta2", "eps", "orthogonality"]
+        if method == "igu":
+            names += ["estimator", "nodes", "window"]
+        elif method == "lora":
+            names = ["r", "target_rank"]
+        return {name: getattr(self, name) for name in names}
+
+    def run_options(self) -> dict[str, Any]:
+        """The options of the training run that this row sets."""
+        return {name: getattr(self, name) for name in ("lr", "batch_size", "epochs", "max_length", "patience")}
+
+
+_GLUE = {"r": 2, "target_rank": 1}
+_INSTRUCTION = {"r": 32, "target_rank": 16}
+_ROWS = (
+    Preset("MNLI", lr=5e-4, batch_size=128, t_init=500, delta_t=20, t_final=10000, **_GLUE),
+    Preset("RTE", lr=1e-3, batch_size=32, t_init=300, delta_t=5, t_final=2500, **_GLUE),
+    Preset("QNLI", lr=5e-4, batch_size=128, t_init=400, delta_t=20, t_final=10000, **_GLUE),
+    Preset("MRPC", lr=1e-3, batch_size=32, t_init=300, delta_t=5, t_final=2500, **_GLUE),
+    Preset("QQP", lr=5e-4, batch_size=128, t_init=500, delta_t=20, t_final=10000, **_GLUE),
+    Preset("SST-2", lr=1e-3, batch_size=64, t_init=400, delta_t=20, t_final=5000, **_GLUE),
+    Preset("CoLA", lr=1e-3, batch_size=32, t_init=300, delta_t=5, t_final=2500, **_GLUE),
+    Preset("STS-B", lr=2e-3, batch_size=32, t_init=300, delta_t=5, t_final=2500, **_GLUE),
+    Preset("BoolQ", lr=5e-4, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
+    Preset("ARC-e", lr=5e-4, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
+    Preset("ARC-c", lr=5e-4, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
+    Preset("COPA", lr=1e-3, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
+    Preset("AQuA", lr=1e-4, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
+    Preset("MMLU", lr=1e-4, batch_size=128, t_init=500, delta_t=20, t_final=10000, epochs=15, **_INSTRUCTION),
+)
+PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum())
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called ``name``; case, hyphens and underscores do not matter.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: there is no such preset; lists them and names the nearest.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"expected the preset's name as a string, got {name!r} ({type(name).__name__})")
+    by_key = {_key(row.name): row for row in _ROWS}
+    row = by_key.get(_key(name))
+    if row is None:
+        hint = nearest(_key(name), by_key)
+        for key, candidate in by_key.items():
+            hint = hint.replace(repr(key), repr(candidate.name))
+        raise ValueError(f"expected a preset out of {', '.join(PRESETS)}; got {name!r}.{hint}")
+    return row
