@@ -10,6 +10,7 @@ from torch import nn
 from .bank import Bank, find_bank
 from .config import IGUConfig
 from .context import PathContext
+from .errors import nearest
 from .layers import FusedSVDLinear, SavedModule
 from .targets import find_saved, find_targets
 
@@ -43,10 +44,23 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
         TypeError: ``config`` is not an IGUConfig or ``model`` not a module.
         ValueError: no target matched, the model is adapted already, targets lie on several devices, or a name matches nothing.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+    check_plain(model)
     if not isinstance(config, IGUConfig):
         raise TypeError(f"expected an IGUConfig, got {type(config).__name__}; build one with igulora.IGUConfig(...)")
+    saved = find_saved(model, config)
+    names = find_targets(model, config, saved)
+    for ending in config.rank_pattern:
+        if not any(name == ending or name.endswith("." + ending) for name in names):
+            raise ValueError(
+                f"expected rank_pattern to name adapted layers, got {ending!r}, which matches none.{nearest(ending, names)}"
+            )
+    return inject(model, config, names, saved, [_rank_of(name, config) for name in names])
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise unless ``model`` is a module without adapters."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
     if any(isinstance(m, (FusedSVDLinear, SavedModule)) for m in model.modules()):
         raise ValueError(
             "expected a model without igulora adapters, got one adapted already; "
@@ -56,21 +70,44 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
         raise ValueError(
             "expected a plain model, got one with PEFT adapters; merge them first (model = model.merge_and_unload())"
         )
-    saved = find_saved(model, config)
-    names = find_targets(model, config, saved)
+
+
+def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[str], ranks: list[int]) -> nn.Module:
+    """What :func:`adapt` does, for exactly the layers ``names`` with ``ranks`` and the modules ``saved``, all by full name."""
     modules = dict(model.named_modules())
     devices = sorted({str(modules[n].weight.device) for n in names})
     if len(devices) > 1:
         raise ValueError(
             f"expected all target layers on one device, got {', '.join(devices)}; move the model to one first"
         )
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        context = PathContext(needs_controller=config.adaptive)
+        layers = _build_layers(modules, config, names, ranks)
+        swaps: dict[int, nn.Module] = {id(modules[n]): layer for n, layer in zip(names, layers, strict=True)}
+        for name in saved:
+            swaps[id(modules[name])] = SavedModule(modules[name], context).train(modules[name].training)
+        bank = Bank(names, layers, context)
+    except BaseException:
+        for param, flag in trained:
+            param.requires_grad_(flag)
+        raise
+    model.requires_grad_(False)
+    _replace(model, swaps)
+    _keep_layers_called(model)
+    model.igulora_bank = bank  # type: ignore[assignment]
+    model.igulora_config = config  # type: ignore[assignment]
+    return model
 
+
+def _build_layers(
+    modules: dict[str, nn.Module], config: IGUConfig, names: list[str], ranks: list[int]
+) -> list[FusedSVDLinear]:
     generator = torch.Generator().manual_seed(config.seed)
     layers = []
-    for name in names:
-        rank = _rank_of(name, config)
+    for name, rank in zip(names, ranks, strict=True):
         layer = FusedSVDLinear(
-            modules[name],
+            modules[name],  # type: ignore[arg-type]
             r=rank,
             dropout=config.dropout,
             init=config.init or "orthonormal",
@@ -80,18 +117,20 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
         layer.scale = config.scale
         layer.train(modules[name].training)
         layers.append(layer)
-    context = PathContext(needs_controller=config.adaptive)
-    swaps: dict[int, nn.Module] = {id(modules[n]): layer for n, layer in zip(names, layers, strict=True)}
-    model.requires_grad_(False)
-    for layer in layers:
-        layer.lora_P.requires_grad_(True)
-        layer.lora_Q.requires_grad_(True)
-    for name in saved:
-        swaps[id(modules[name])] = SavedModule(modules[name], context).train(modules[name].training)
-    _replace(model, swaps)
-    model.igulora_bank = Bank(names, layers, context)  # type: ignore[assignment]
-    model.igulora_config = config  # type: ignore[assignment]
-    return model
+    return layers
+
+
+def _keep_layers_called(model: nn.Module) -> None:
+    """In evaluation nn.TransformerEncoderLayer hands its layers' weights to a fused kernel; a layer with a hook gets called."""
+    for parent in model.modules():
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            for layer in (parent.linear1, parent.linear2):
+                if isinstance(layer, FusedSVDLinear):
+                    layer.register_forward_pre_hook(_called)
+
+
+def _called(_module: nn.Module, _args: object) -> None:
+    return None
 
 
 def adapted_layers(model: nn.Module) -> Iterable[FusedSVDLinear]:

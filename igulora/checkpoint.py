@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapt, saved_modules
+from .adapt import check_plain, inject, saved_modules
 from .bank import find_bank
 from .config import IGUConfig
 from .controller import Controller
@@ -109,7 +109,8 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         modules[name] = {}
         for part in _PARTS:
             tensor = tensors.pop(f"{name}.{part}", None)
-            if tensor is None or tensor.shape[0] != rank or not tensor.is_floating_point():
+            dims = 2 if part in ("lora_P", "lora_Q") else 1
+            if tensor is None or tensor.ndim != dims or tensor.shape[0] != rank or not tensor.is_floating_point():
                 got = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
                 raise ValueError(
                     f"expected {name}.{part} with {rank} rows in {directory / ADAPTER_FILE}, got {got}; the folder is damaged"
@@ -154,6 +155,18 @@ def _check_fits(file: AdapterFile, shapes: dict[str, tuple[int, int]], directory
         )
 
 
+def _check_saved(file: AdapterFile, modules: dict[str, nn.Module], directory: Path) -> None:
+    for name, state in file.saved.items():
+        if name not in modules:
+            raise ValueError(f"expected a model with the module {name!r} saved in {directory}, got one without it")
+        theirs = {key: tuple(value.shape) for key, value in state.items()}
+        mine = {key: tuple(value.shape) for key, value in modules[name].state_dict().items()}
+        if theirs != mine:
+            raise ValueError(
+                f"expected the module {name!r} to have the tensors saved in {directory}: {theirs}, got a model with {mine}"
+            )
+
+
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Adapt a base model with the adapter saved in ``directory``; returns the model. Everything is checked before the first change.
 
@@ -164,20 +177,10 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     file = read_adapter(directory)
     shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     _check_fits(file, shapes, directory)
-    names = {name for name, _ in model.named_modules()}
-    for name in file.saved:
-        if name not in names:
-            raise ValueError(f"expected a model with the module {name!r} saved in {directory}, got one without it")
-    config = IGUConfig.from_dict(
-        {
-            **file.config.to_dict(),
-            "target_modules": list(file.modules),
-            "modules_to_save": list(file.saved),
-            "rank_pattern": {name: parts["lora_E"].shape[0] for name, parts in file.modules.items()},
-        }
-    )
-    adapt(model, config)
-    model.igulora_config = file.config  # type: ignore[assignment]
+    _check_saved(file, dict(model.named_modules()), directory)
+    check_plain(model)
+    ranks = [parts["lora_E"].shape[0] for parts in file.modules.values()]
+    inject(model, file.config, list(file.modules), list(file.saved), ranks)
     _fill(model, file)
     return model
 

@@ -155,6 +155,9 @@ class IGUConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"expected {name} to be an int, got {value!r} ({type(value).__name__})")
+        for name, rank in self.rank_pattern.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+                raise ValueError(f"expected rank_pattern to give ranks >= 0, got {rank!r} for {name!r}")
         for name, low in (("r", 0), ("target_rank", 0), ("min_rank", 0), ("window", 1), ("ig_every", 1), ("nodes", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"expected {name} >= {low}, got {getattr(self, name)}")

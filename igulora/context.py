@@ -74,6 +74,10 @@ class PathContext:
         """
         if not self.needs_controller or self.unstepped < self.allowed_unstepped or torch.compiler.is_compiling():
             return
+        if (
+            torch._C._current_graph_task_id() != -1
+        ):  # inside a backward: activation checkpointing runs the forward again
+            return
         if not self.controlled:
             raise RuntimeError(
                 f"expected an igulora.Controller for this adaptive-rank model, got {self.unstepped} training passes without one: "

@@ -167,6 +167,8 @@ class Controller:
         bank.refresh()
         self._follow_device()
         bank.context.check_stepped()
+        if bank.layers and bank.layers[0].merged:
+            raise ValueError("expected an unmerged model to train, got a merged one; call igulora.unmerge(model) first")
         bank.bind_grads()
         scale = 1.0 / self.accumulation_steps if scale is None else scale
         sampling = self._scoring and self.config.estimator != "instantaneous"

@@ -20,12 +20,13 @@ def normalized(term: Tensor, how: str) -> Tensor:
         how: an option of ``IGUConfig.normalize``.
     """
     if how == "rank":
-        order = torch.argsort(term, stable=True)
-        ranks = torch.empty_like(term)
-        ranks[order] = torch.arange(term.numel(), dtype=term.dtype, device=term.device)
-        return ranks / max(term.numel() - 1, 1)
+        # Equal values share the mean of their ranks: allocation, not this, breaks ties. NaN stays NaN and loses.
+        term = term.contiguous()
+        ordered = torch.sort(term).values
+        twice = torch.searchsorted(ordered, term) + torch.searchsorted(ordered, term, right=True) - 1
+        return torch.where(torch.isnan(term), term, twice.to(term.dtype) / (2 * max(term.numel() - 1, 1)))
     if how == "unit":
-        mean = term.abs().mean()
+        mean = term.abs().nanmean()
         return term / torch.where(mean > 0, mean, torch.ones_like(mean))
     return term
 

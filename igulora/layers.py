@@ -175,7 +175,8 @@ class FusedSVDLinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """``s * sum_i m_i lambda_i p_i q_i^T``, (out, in), in the masters' dtype."""
         coef = self.scale * self.mask * self.lora_E
-        return (self.lora_P.t() * coef) @ self.lora_Q
+        with torch.autocast(coef.device.type, enabled=False):
+            return (self.lora_P.t() * coef) @ self.lora_Q
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -200,7 +201,8 @@ class FusedSVDLinear(nn.Module):
 
         def keep_dtype(t: Tensor) -> Tensor:
             moved = fn(t)
-            return moved.to(t.dtype) if moved.dtype != t.dtype and torch.finfo(moved.dtype).bits < 32 else moved
+            narrowed = moved.dtype != t.dtype and torch.finfo(moved.dtype).bits < 32
+            return t.to(moved.device) if narrowed else moved  # from t: a trip through 16 bits would round the masters
 
         for child in self.children():
             child._apply(fn)
@@ -296,11 +298,12 @@ class SavedModule(nn.Module):
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Run ``model`` without its adapters inside the block (the base model's own outputs)."""
-    contexts = {id(m.context): m.context for m in model.modules() if isinstance(m, FusedSVDLinear)}
-    for context in contexts.values():
+    contexts = list({id(m.context): m.context for m in model.modules() if isinstance(m, FusedSVDLinear)}.values())
+    before = [context.enabled for context in contexts]
+    for context in contexts:
         context.enabled = False
     try:
         yield
     finally:
-        for context in contexts.values():
-            context.enabled = True
+        for context, enabled in zip(contexts, before, strict=True):
+            context.enabled = enabled

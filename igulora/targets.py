@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .config import IGUConfig
 from .errors import nearest
@@ -29,6 +30,11 @@ def _tied_weights(model: nn.Module) -> set[int]:
     return tied
 
 
+def _bypassed(module: nn.Module) -> bool:
+    """Whether the parent reads this layer's weight itself and never calls it (the output projection of nn.MultiheadAttention)."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
 def _output_head(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
@@ -50,7 +56,9 @@ def find_saved(model: nn.Module, config: IGUConfig) -> list[str]:
                 f"{nearest(wanted, {n.split('.')[-1] for n in names})}"
             )
         found += matches
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    # A module inside another one to save is trained as a part of that one.
+    return [n for n in found if not any(n.startswith(outer + ".") for outer in found)]
 
 
 def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[str]:
@@ -78,7 +86,12 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
     linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
     if wanted == "all-linear":
         found = [
-            n for n in linears if n not in excluded and modules[n] is not head and id(modules[n].weight) not in tied
+            n
+            for n in linears
+            if n not in excluded
+            and modules[n] is not head
+            and id(modules[n].weight) not in tied
+            and not _bypassed(modules[n])
         ]
     elif isinstance(wanted, str):
         pattern = re.compile(wanted)
@@ -106,6 +119,11 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
             raise ValueError(
                 f"expected target_modules to match nn.Linear layers only, got {name!r} ({type(module).__name__}); "
                 "name linear layers or exclude it with exclude_modules"
+            )
+        if _bypassed(module):
+            raise ValueError(
+                f"expected layers that their parent calls, got {name!r}: nn.MultiheadAttention reads its weight directly, so that an "
+                "adapter there would do nothing; leave it out of target_modules"
             )
         if id(module.weight) in tied:
             raise ValueError(
