@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from igulora.kernels import importance_update
 from igulora.kernels import importance as module
+from igulora.kernels import importance_update
 
 BETA1, BETA2, EPS = 0.85, 0.7, 1e-6
 
@@ -139,7 +139,7 @@ def test_same_bits() -> None:
 
 
 def test_bad_input_is_told_what_was_expected() -> None:
-    with pytest.raises(ValueError, match="expected combine in .* got 'ratio'"):
+    with pytest.raises(ValueError, match=r"expected combine in .* got 'ratio'"):
         update(buffers(4), [0, 4, 1], "ratio")
     b = buffers(4)
     with pytest.raises(ValueError, match="buffers of one length"):

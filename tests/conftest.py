@@ -1,0 +1,113 @@
+"""Tiny models and runs that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import igulora
+
+
+class Net(nn.Module):
+    """Four linear layers of three shapes; ``body`` holds two of them, ``head`` comes last and is the narrowest."""
+
+    def __init__(self, seed: int = 0, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(8, 12, bias=bias)
+        self.body = nn.ModuleDict({"up": nn.Linear(12, 10, bias=bias), "down": nn.Linear(10, 12, bias=bias)})
+        self.head = nn.Linear(12, 3, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h = h + self.body["down"](torch.tanh(self.body["up"](h)))
+        return self.head(h)
+
+
+@pytest.fixture
+def net() -> Callable[..., Net]:
+    """Class of the tiny model: ``net(seed=0)``."""
+    return Net
+
+
+@pytest.fixture
+def config() -> Callable[..., igulora.IGUConfig]:
+    """Small options that prune within twenty steps; keyword arguments replace them."""
+
+    def make(**changes: Any) -> igulora.IGUConfig:
+        options: dict[str, Any] = {
+            "r": 4,
+            "target_rank": 2,
+            "total_steps": 20,
+            "t_init": 7,
+            "t_final": 5,
+            "delta_t": 2,
+            "window": 2,
+            "ig_every": 1,
+            "orthogonality": 0.0,
+        }
+        return igulora.IGUConfig(**{**options, **changes})
+
+    return make
+
+
+def batches_of(count: int, size: int = 6, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
+    """Regression batches (x, target) for :class:`Net`."""
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, 8, generator=g), torch.randn(size, 3, generator=g)) for _ in range(count)]
+
+
+@pytest.fixture
+def batches() -> Callable[..., list[tuple[Tensor, Tensor]]]:
+    """``batches(count, size=6, seed=5)``."""
+    return batches_of
+
+
+@pytest.fixture
+def loss_of() -> Callable[[nn.Module], Callable[[Any], Tensor]]:
+    """``loss_of(model)`` is a loss function of a batch."""
+
+    def make(model: nn.Module) -> Callable[[Any], Tensor]:
+        return lambda batch: (model(batch[0]) - batch[1]).square().mean()
+
+    return make
+
+
+@pytest.fixture
+def run(loss_of: Any) -> Callable[..., list[float]]:
+    """``run(model, controller, optimizer, batches)`` takes one step per batch and returns the losses."""
+
+    def go(
+        model: nn.Module,
+        controller: igulora.Controller,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterable[Any],
+        set_to_none: bool = True,
+    ) -> list[float]:
+        losses = []
+        for batch in batches:
+            losses.append(float(controller.backward(loss_of(model), batch)))
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+        return losses
+
+    return go
+
+
+@pytest.fixture
+def trainer() -> Callable[..., tuple[nn.Module, igulora.Controller, torch.optim.Optimizer]]:
+    """``trainer(model, config)``: the adapted model, its controller and an AdamW with igulora's parameter groups."""
+
+    def make(
+        model: nn.Module, config: igulora.IGUConfig, lr: float = 1e-2, **options: Any
+    ) -> tuple[nn.Module, igulora.Controller, torch.optim.Optimizer]:
+        igulora.adapt(model, config)
+        optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=lr, lambda_lr_ratio=10.0))
+        return model, igulora.Controller(model, **options), optimizer
+
+    return make
