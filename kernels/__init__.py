@@ -2,13 +2,11 @@
 
 This package knows tensors only: no modules, no models. Every operator is a functional ``torch.library`` operator (or one that
 names what it mutates), so autograd, ``torch.compile`` and meta-device counting see it as an ordinary PyTorch operator.
-
-With the repository's root on ``sys.path`` (as ``python -m igulora`` puts it there) transformers finds this folder as a top-level
-``kernels``, the name of a Hugging Face package, and imports it. Under that name it must stay empty: registering the operators a
-second time over the first makes their calls fail at random.
 """
 
-if __name__ == "igulora.kernels":
+# With the repository root on sys.path (python -m ... from there), transformers finds this folder while it looks for the Hugging Face
+# package "kernels" and imports it. Operators must not be registered a second time then: it gets an empty module.
+if __name__ != "kernels":
     from .allocation import allocate_triplets
     from .importance import importance_update
     from .orthogonality import orthogonality_grad_
