@@ -28,9 +28,7 @@ def _magnitude_policy(bank: Bank, importance: Importance, config: IGUConfig) -> 
 
 
 def _random_policy(bank: Bank, importance: Importance, config: IGUConfig) -> Tensor:
-    # Drawn for all triplets of the start and the same at every allocation: chance decides once who dies.
-    generator = torch.Generator().manual_seed(config.seed)
-    return torch.rand(bank.triplets, generator=generator).to(bank.device, bank.dtype)
+    return importance.terms[0]
 
 
 # Scores (triplets,) that the top-b choice is made by, per method. The last two are the controls of ALGORITHMS 6.

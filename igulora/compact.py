@@ -31,6 +31,7 @@ def compact(
     Parameters keep their identity and shrink from (r, ...) to (live, ...), so an optimizer goes on with them; its per-element states and
     the controller's score states shrink alike. Outputs and the course of training do not change: a masked triplet added nothing and
     received no gradient. (The orthogonality penalty is taken over stored rows: it no longer sees the dropped ones.)
+    Outputs kept from earlier passes must be detached: a live graph makes PyTorch expect gradients of the old shapes.
 
     Args:
         model: adapted; its ranks fixed (``prune="hard"``, or the final phase).

@@ -36,7 +36,7 @@ class Importance:
 
     Attributes:
         mean, deviation: flat float32 with the bank's layout: EMA of y (Eq. 10) and of |y - mean| (Eq. 11).
-        terms: (3, triplets) scores of lambda, p and q after the last update.
+        terms: (3, triplets) scores of lambda, p and q after the last update; for ``method="random"`` the first holds the draws.
         row_stats: (4, rows) row means of score, y, mean and deviation after the last update, or None.
         updates: how many updates were made.
     """
@@ -46,6 +46,10 @@ class Importance:
         self.mean = torch.zeros_like(bank.weight)
         self.deviation = torch.zeros_like(bank.weight)
         self.terms = bank.weight.new_zeros((3, bank.triplets))
+        if config.method == "random":
+            # Chance decides once who dies; kept with the scores, so that it survives compaction and a resumed run.
+            generator = torch.Generator().manual_seed(config.seed)
+            self.terms[0].copy_(torch.rand(bank.triplets, generator=generator))
         self.row_stats: Tensor | None = None
         self.updates = 0
 

@@ -94,7 +94,10 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
             and not _bypassed(modules[n])
         ]
     elif isinstance(wanted, str):
-        pattern = re.compile(wanted)
+        try:
+            pattern = re.compile(wanted)
+        except re.error as error:
+            raise ValueError(f"expected target_modules to be a regular expression, got {wanted!r}: {error}") from error
         found = [n for n in modules if pattern.fullmatch(n) and n not in excluded]
     else:
         found = [n for n in modules if n not in excluded and any(_ends_with(n, w) for w in wanted)]
