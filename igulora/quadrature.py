@@ -67,7 +67,7 @@ class Quadrature:
         n = self.config.nodes
         assert n is not None
         if rows is None:
-            return [(int(torch.randint(n, (), generator=self.generator)) + 1) / n]
+            return [(self._draw_below(n) + 1) / n]
         order = torch.randperm(rows, generator=self.generator)
         jitter = torch.rand(rows, generator=self.generator)
         # 1 - (.) keeps alpha in (0, 1]: at alpha = 0 a training row would train nothing.
@@ -78,10 +78,13 @@ class Quadrature:
         wanted = max(1, round(self.config.ig_fraction * batch_size))  # type: ignore[operator]
         return sorted(torch.randperm(batch_size, generator=self.generator)[:wanted].tolist())
 
+    def _draw_below(self, n: int) -> int:
+        return torch.randint(n, (1,), generator=self.generator).tolist()[0]
+
     def _trapezoid(self, rows: int) -> PathSample:
         config, n = self.config, self.config.nodes
         assert n is not None
-        node = (int(torch.randint(n - 1, (), generator=self.generator)) + 1) / n
+        node = (self._draw_below(n - 1) + 1) / n
         end = 1 / (2 * n)
         if config.weights == "eq6":
             interior = 1 / n
@@ -108,7 +111,7 @@ class Quadrature:
         total = self.per_window * rows
         order = torch.randperm(total, generator=self.generator)
         jitter = torch.rand(total, generator=self.generator)
-        return [(float(a), 1.0) for a in (order + jitter) / total]
+        return [(a, 1.0) for a in ((order + jitter) / total).tolist()]
 
     def state_dict(self) -> dict[str, Any]:
         """Generator state (uint8 tensor), position in turn and what is left of the window's plan."""
