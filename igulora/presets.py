@@ -55,23 +55,29 @@ class Preset:
         return {name: getattr(self, name) for name in ("lr", "batch_size", "epochs", "max_length", "patience")}
 
 
-_GLUE = {"r": 2, "target_rank": 1}
-_INSTRUCTION = {"r": 32, "target_rank": 16}
+def _glue(name: str, lr: float, batch_size: int, t_init: int, delta_t: int, t_final: int) -> Preset:
+    return Preset(name, lr, batch_size, t_init, delta_t, t_final, r=2, target_rank=1)
+
+
+def _instruction(name: str, lr: float, batch_size: int, epochs: int = 25) -> Preset:
+    return Preset(name, lr, batch_size, t_init=500, delta_t=20, t_final=10000, r=32, target_rank=16, epochs=epochs)
+
+
 _ROWS = (
-    Preset("MNLI", lr=5e-4, batch_size=128, t_init=500, delta_t=20, t_final=10000, **_GLUE),
-    Preset("RTE", lr=1e-3, batch_size=32, t_init=300, delta_t=5, t_final=2500, **_GLUE),
-    Preset("QNLI", lr=5e-4, batch_size=128, t_init=400, delta_t=20, t_final=10000, **_GLUE),
-    Preset("MRPC", lr=1e-3, batch_size=32, t_init=300, delta_t=5, t_final=2500, **_GLUE),
-    Preset("QQP", lr=5e-4, batch_size=128, t_init=500, delta_t=20, t_final=10000, **_GLUE),
-    Preset("SST-2", lr=1e-3, batch_size=64, t_init=400, delta_t=20, t_final=5000, **_GLUE),
-    Preset("CoLA", lr=1e-3, batch_size=32, t_init=300, delta_t=5, t_final=2500, **_GLUE),
-    Preset("STS-B", lr=2e-3, batch_size=32, t_init=300, delta_t=5, t_final=2500, **_GLUE),
-    Preset("BoolQ", lr=5e-4, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
-    Preset("ARC-e", lr=5e-4, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
-    Preset("ARC-c", lr=5e-4, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
-    Preset("COPA", lr=1e-3, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
-    Preset("AQuA", lr=1e-4, batch_size=16, t_init=500, delta_t=20, t_final=10000, **_INSTRUCTION),
-    Preset("MMLU", lr=1e-4, batch_size=128, t_init=500, delta_t=20, t_final=10000, epochs=15, **_INSTRUCTION),
+    _glue("MNLI", 5e-4, 128, 500, 20, 10000),
+    _glue("RTE", 1e-3, 32, 300, 5, 2500),
+    _glue("QNLI", 5e-4, 128, 400, 20, 10000),
+    _glue("MRPC", 1e-3, 32, 300, 5, 2500),
+    _glue("QQP", 5e-4, 128, 500, 20, 10000),
+    _glue("SST-2", 1e-3, 64, 400, 20, 5000),
+    _glue("CoLA", 1e-3, 32, 300, 5, 2500),
+    _glue("STS-B", 2e-3, 32, 300, 5, 2500),
+    _instruction("BoolQ", 5e-4, 16),
+    _instruction("ARC-e", 5e-4, 16),
+    _instruction("ARC-c", 5e-4, 16),
+    _instruction("COPA", 1e-3, 16),
+    _instruction("AQuA", 1e-4, 16),
+    _instruction("MMLU", 1e-4, 128, epochs=15),
 )
 PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
 

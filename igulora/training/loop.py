@@ -289,8 +289,8 @@ class Trainer:
         progress.say(f"step {self.step}  " + "  ".join(f"{key} {value:.4f}" for key, value in values.items()))
         if self.controller.phase != "final":
             return  # ranks still change: neither the best adapter nor patience is about these
-        better = outcome.best is None or (values[name] > outcome.best[name]) == self.task.higher_is_better
-        if better and (outcome.best is None or values[name] != outcome.best[name]):
+        best, value = outcome.best, values[name]
+        if best is None or (value != best[name] and (value > best[name]) == self.task.higher_is_better):
             outcome.best, outcome.best_step, self._bad_evaluations = values, self.step, 0
             save_adapter(self.model, self.output / "best", self.controller)
             return
@@ -299,7 +299,7 @@ class Trainer:
             outcome.stopped_early = True
             progress.say(
                 f"stopped early at step {self.step}: {self._bad_evaluations} evaluations without a better {name} "
-                f"than {outcome.best[name]:.4f} at step {outcome.best_step}"
+                f"than {best[name]:.4f} at step {outcome.best_step}"
             )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..adapt import adapt
+from ..bank import find_bank
 from ..checkpoint import save_adapter
 from ..config import IGUConfig
 from ..files import write_json
@@ -121,7 +122,7 @@ def finetune(
             _say(console, _metrics_line(extra["before"]))
         clear_output(output)
         write_json(output / RUN_FILE, description)
-    modules = len(model.igulora_bank.names)  # type: ignore[union-attr]
+    modules = len(find_bank(model).names)
     _say(
         console,
         f"Training {modules} modules, {extra['triplets']} triplets, {extra['trainable']:,} parameters with "
@@ -234,7 +235,11 @@ def load_model(
         else:
             task = Classification(tokenizer, settings.max_length, classes)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it; where both are there the older name warns.
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, task, heads
 
 
