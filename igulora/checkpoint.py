@@ -102,6 +102,11 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         raise ValueError(
             f"expected adapter format {FORMAT} in {directory}, got {meta.get('format')!r}; use a matching igulora version"
         )
+    for key, kind in (("config", dict), ("scale", dict), ("saved", list)):
+        if not isinstance(meta.get(key), kind) or (key == "scale" and meta["scale"].keys() != meta["modules"].keys()):
+            raise ValueError(
+                f"expected {key!r} in {directory / CONFIG_FILE} to be complete, got {meta.get(key)!r}; save it again"
+            )
     tensors = read_tensors(directory / ADAPTER_FILE)
     config = IGUConfig.from_dict(meta["config"])
     modules: dict[str, dict[str, Tensor]] = {}
@@ -174,11 +179,11 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
         FileNotFoundError, ValueError: the folder is incomplete or damaged, or the adapter is another model's (names and shapes listed).
     """
     directory = Path(directory)
+    check_plain(model)
     file = read_adapter(directory)
     shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     _check_fits(file, shapes, directory)
     _check_saved(file, dict(model.named_modules()), directory)
-    check_plain(model)
     ranks = [parts["lora_E"].shape[0] for parts in file.modules.values()]
     inject(model, file.config, list(file.modules), list(file.saved), ranks)
     _fill(model, file)

@@ -253,6 +253,7 @@ class Controller:
             **passes["tensors"],
         }
         meta = {
+            "modules": {name: layer.r for name, layer in zip(self.bank.names, self.bank.layers, strict=True)},
             "global_step": self.global_step,
             "updates": scores["updates"],
             "initial_budget": self.allocator.schedule.initial,
@@ -272,10 +273,11 @@ class Controller:
         """
         tensors, meta = state["tensors"], state["meta"]
         bank = self.bank
-        if tensors["live"].shape != bank.live.shape or tensors["mean"].numel() != bank.weight.numel():
+        mine = {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)}
+        if meta["modules"] != mine or tensors["mean"].numel() != bank.weight.numel():
             raise ValueError(
-                f"expected a controller state for {bank.triplets} triplets and {bank.weight.numel()} elements, got "
-                f"{tensors['live'].numel()} and {tensors['mean'].numel()}: it was saved for another adapter"
+                f"expected a controller state for {bank.triplets} triplets of {len(mine)} modules, got one for "
+                f"{sum(meta['modules'].values())} of {len(meta['modules'])}: it was saved for another adapter"
             )
         self.importance.load_state_dict({**tensors, "updates": meta["updates"]})
         bank.live.copy_(tensors["live"])
