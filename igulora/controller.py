@@ -190,7 +190,7 @@ class Controller:
             bank.weight,
             bank.grad,
             list(bank.layout.groups),
-            config.orthogonality,  # type: ignore[arg-type]
+            config.orthogonality,
             offdiagonal=config.orthogonality_form == "offdiagonal",
         )
         self._regularised = True

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapt import saved_modules
 from .bank import find_bank
 from .checkpoint import read_adapter
 from .files import write_json, write_tensors
@@ -41,26 +42,13 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
         ValueError: nothing is left to export (every module has rank 0).
     """
     directory = Path(directory)
-    factors: dict[str, tuple[Tensor, Tensor]] = {}
-    saved: dict[str, dict[str, Tensor]]
-    dropout, task_type = 0.0, None
     if isinstance(source, nn.Module):
-        bank = find_bank(source)
-        for name, layer in zip(bank.names, bank.layers, strict=True):
-            values = (t.detach().float().cpu() for t in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask))
-            factors[name] = lora_factors(*values, layer.scale)
-        from .adapt import saved_modules
-
-        saved = {name: module.module.state_dict() for name, module in saved_modules(source).items()}
+        factors, saved, dropout = _from_model(source)
         base_model = base_model or getattr(getattr(source, "config", None), "_name_or_path", None)
         task_type = _task_type(source)
-        dropout = bank.layers[0].dropout if bank.layers else 0.0
     else:
-        file = read_adapter(source)
-        for name, parts in file.modules.items():
-            values = (parts[k].float() for k in ("lora_P", "lora_E", "lora_Q", "mask"))
-            factors[name] = lora_factors(*values, float(file.meta["scale"][name]))
-        saved, dropout = file.saved, file.config.dropout
+        factors, saved, dropout = _from_folder(source)
+        task_type = None
     factors = {name: (A, B) for name, (A, B) in factors.items() if A.shape[0]}
     if not factors:
         raise ValueError(
@@ -76,6 +64,28 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     write_json(directory / PEFT_CONFIG, _peft_config(ranks, sorted(saved), dropout, task_type, base_model))
     return directory
+
+
+_Content = tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, Tensor]], float]
+
+
+def _from_model(model: nn.Module) -> _Content:
+    bank = find_bank(model)
+    factors = {}
+    for name, layer in zip(bank.names, bank.layers, strict=True):
+        P, E, Q, mask = (t.detach().float().cpu() for t in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask))
+        factors[name] = lora_factors(P, E, Q, mask, layer.scale)
+    saved = {name: module.module.state_dict() for name, module in saved_modules(model).items()}
+    return factors, saved, bank.layers[0].dropout if bank.layers else 0.0
+
+
+def _from_folder(directory: str | Path) -> _Content:
+    file = read_adapter(directory)
+    factors = {}
+    for name, parts in file.modules.items():
+        P, E, Q, mask = (parts[k].float() for k in ("lora_P", "lora_E", "lora_Q", "mask"))
+        factors[name] = lora_factors(P, E, Q, mask, float(file.meta["scale"][name]))
+    return factors, file.saved, file.config.dropout
 
 
 def _peft_config(

@@ -33,7 +33,11 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
     text = json.dumps(value, indent=2, sort_keys=False) + "\n"
-    _atomically(path, lambda p: p.write_text(text, encoding="utf-8") and None)
+
+    def write(place: Path) -> None:
+        place.write_text(text, encoding="utf-8")
+
+    _atomically(path, write)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

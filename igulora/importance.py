@@ -65,7 +65,7 @@ class Importance:
             beta1=config.beta1,
             beta2=config.beta2,
             eps=config.eps,
-            combine=config.combine,  # type: ignore[arg-type]
+            combine=config.combine,
             absolute=config.aggregate == "absolute",
         )
         fresh = torch.cat((stats[0, bank.lambda_rows].unsqueeze(0), stats[0, bank.triplet_rows].t()))

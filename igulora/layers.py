@@ -149,18 +149,16 @@ class FusedSVDLinear(nn.Module):
         seed = None
         if self.training and self.dropout > 0.0:
             seed = torch.randint(_SEED_RANGE, (), dtype=torch.int64, device=x.device)
-        P, E, Q = self.lora_P, self.lora_E, self.lora_Q
+        factors: tuple[Tensor, Tensor, Tensor] = (self.lora_P, self.lora_E, self.lora_Q)
         alpha = self.mask.new_ones(()) if context.alpha is None else context.alpha
         path = None if context.path_start is None else context.leaves[self.slot]
         if context.train_groups == 0:  # a pure path pass produces no parameter gradient
-            P, E, Q = P.detach(), E.detach(), Q.detach()
+            factors = (self.lora_P.detach(), self.lora_E.detach(), self.lora_Q.detach())
         return svd_linear(
             x,
             self.base_layer.weight,
             self.base_layer.bias,
-            P,
-            E,
-            Q,
+            *factors,
             self.mask,
             alpha,
             scale=self.scale,
@@ -218,9 +216,10 @@ class FusedSVDLinear(nn.Module):
         """A pickle holds this layer's rows only, not the whole bank that its parameters are views of."""
         state = self.__dict__.copy()
         state["_parameters"] = {
-            k: nn.Parameter(v.detach().clone(), requires_grad=v.requires_grad) for k, v in self._parameters.items()
+            name: nn.Parameter(param.detach().clone(), requires_grad=param.requires_grad)
+            for name, param in self.named_parameters(recurse=False)
         }
-        state["_buffers"] = {k: v.clone() for k, v in self._buffers.items()}
+        state["_buffers"] = {name: buffer.clone() for name, buffer in self.named_buffers(recurse=False)}
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedSVDLinear:
