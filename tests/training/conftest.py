@@ -17,28 +17,9 @@ from transformers import (
 )
 
 WORDS = [
-    "red",
-    "green",
-    "blue",
-    "apple",
-    "sky",
-    "grass",
-    "good",
-    "bad",
-    "film",
-    "was",
-    "the",
-    "a",
-    "very",
-    "what",
-    "colour",
-    "is",
-    "answer",
-    "user",
-    "assistant",
-    "system",
-    ".",
-]
+    "red", "green", "blue", "apple", "sky", "grass", "good", "bad", "film", "was", "the", "a", "very", "what", "colour", "is",
+    "answer", "user", "assistant", "system", ".",
+]  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
