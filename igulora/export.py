@@ -49,6 +49,9 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
     else:
         factors, saved, dropout = _from_folder(source)
         task_type = None
+    others = {name for name, (A, _) in factors.items() if not A.shape[0]}
+    if isinstance(source, nn.Module):
+        others |= {name for name, m in source.named_modules() if isinstance(m, nn.Linear)}
     factors = {name: (A, B) for name, (A, B) in factors.items() if A.shape[0]}
     if not factors:
         raise ValueError(
@@ -62,7 +65,7 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
         tensors |= {f"base_model.model.{name}.{key}": value for key, value in state.items()}
     write_tensors(directory / PEFT_WEIGHTS, tensors)
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    write_json(directory / PEFT_CONFIG, _peft_config(ranks, sorted(saved), dropout, task_type, base_model))
+    write_json(directory / PEFT_CONFIG, _peft_config(ranks, others, sorted(saved), dropout, task_type, base_model))
     return directory
 
 
@@ -88,8 +91,20 @@ def _from_folder(directory: str | Path) -> _Content:
     return factors, file.saved, file.config.dropout
 
 
+def _peft_targets(names: list[str], others: set[str]) -> list[str] | str:
+    """The names; as one expression where PEFT, which matches list entries against the ends of names, would adapt ``others`` too."""
+    if any(other.endswith("." + name) for other in others for name in names):
+        return "|".join(_escaped(name) for name in names)
+    return names
+
+
 def _peft_config(
-    ranks: dict[str, int], saved: list[str], dropout: float, task_type: str | None, base_model: str | None
+    ranks: dict[str, int],
+    others: set[str],
+    saved: list[str],
+    dropout: float,
+    task_type: str | None,
+    base_model: str | None,
 ) -> dict[str, Any]:
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     # Anchored: PEFT reads pattern keys as regular expressions on the end of a name, and layers.1 must not match layers.11.
@@ -105,7 +120,7 @@ def _peft_config(
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": sorted(ranks),
+        "target_modules": _peft_targets(sorted(ranks), others - ranks.keys()),
         "modules_to_save": saved or None,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),

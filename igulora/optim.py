@@ -28,11 +28,13 @@ def param_groups(
         Groups named "vectors", "lambda" and, where there are any, "saved", each with its ``lr`` and ``weight_decay``.
 
     Raises:
-        ValueError: the model is not adapted or ``lr`` is not positive.
+        ValueError: the model is not adapted, ``lr`` is not positive, or ``lambda_lr_ratio`` negative.
     """
     if lr <= 0:
         raise ValueError(f"expected a learning rate lr > 0, got {lr}")
     bank = find_bank(model)
+    if lambda_lr_ratio is not None and lambda_lr_ratio < 0:
+        raise ValueError(f"expected lambda_lr_ratio >= 0, got {lambda_lr_ratio}")
     if lambda_lr_ratio is None:
         config = getattr(model, "igulora_config", None)
         lambda_lr_ratio = 1.0 if config is not None and config.init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO
