@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,16 @@ def triplet_scores(file: AdapterFile) -> dict[str, torch.Tensor]:
 
 
 def mean_scores(file: AdapterFile) -> dict[str, float]:
-    """Mean score of each module's live triplets; 0 where none lives, empty when no scores were saved."""
+    """Mean score of each module's live triplets; NaN where none lives, empty when no scores were saved."""
     out = {}
     for name, scores in triplet_scores(file).items():
         live = scores[file.modules[name]["live"] > 0]
-        out[name] = float(live.mean()) if live.numel() else 0.0
+        out[name] = float(live.mean()) if live.numel() else math.nan
     return out
 
 
 def _table(title: str, *headings: str) -> Any:
-    table = require("rich.table", "demo", "the command line").Table(title=title, title_justify="left", pad_edge=False)
+    table = require("rich.table", "demo", "the command line").Table(title=title, title_justify="left")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left", overflow="fold")
     return table

@@ -60,7 +60,8 @@ def _heat_size(values: Mapping[str, float]) -> tuple[float, float]:
 def _heat(
     figure: Any, axis: Any, values: Mapping[str, float], top: float, label: str, title: str, form: str = "d"
 ) -> None:
-    kinds, layers, grid = module_grid(values)
+    kinds, layers, cells = module_grid(values)
+    grid = [[None if v is None or v != v else v for v in row] for row in cells]  # NaN: nothing to show
     shown = [[float("nan") if v is None else float(v) for v in row] for row in grid]
     image = axis.imshow(shown, aspect="auto", cmap="viridis", vmin=0, vmax=top or 1.0, interpolation="nearest")
     for i, row in enumerate(grid):
@@ -90,13 +91,21 @@ def plot_ranks(ranks: Mapping[str, int], path: Path, r: int) -> Path:
 def plot_adapter(
     ranks: Mapping[str, int], scores: Mapping[str, float], history: Sequence[Mapping[str, Any]], path: Path, r: int
 ) -> Path:
-    """What an adapter's folder holds: ranks, mean scores of the live triplets (when known) and the history of the budget."""
+    """What an adapter's folder holds: ranks, mean scores of the live triplets (when known; NaN for none) and the history of the budget."""
     width, height = _heat_size(ranks)
     figure, axes = _figure([height] * (2 if scores else 1) + [2.4] * bool(history), 1, width)
     title = f"Rank by layer and module: {sum(ranks.values()):,} of {r * len(ranks):,} triplets live"
     _heat(figure, axes[0][0], ranks, max([r, *ranks.values()]), "live triplets", title)
     if scores:
-        _heat(figure, axes[1][0], scores, max(scores.values()), "score", "Mean score of the live triplets", ".1f")
+        _heat(
+            figure,
+            axes[1][0],
+            scores,
+            max((v for v in scores.values() if v == v), default=1.0),
+            "score",
+            "Mean score of the live triplets",
+            ".1f",
+        )
     if history:
         axis = axes[-1][0]
         axis.step([e["step"] for e in history], [e["budget"] for e in history], where="post", color=_LEFT)
@@ -116,10 +125,10 @@ def plot_budget(events: Sequence[Mapping[str, Any]], history: Sequence[Mapping[s
     top, bottom = axes[0][0], axes[1][0]
     bottom.sharex(top)
     top.plot([e["step"] for e in train], [e["loss"] for e in train], color=_LEFT, marker=".", label="training")
-    if evaluated:
-        top.plot(
-            [e["step"] for e in evaluated], [e["loss"] for e in evaluated], color=_RIGHT, marker="o", label="held out"
-        )
+    if evaluated:  # two points, before and after, say nothing about the way between them
+        line = "-" if len(evaluated) > 2 else ""
+        points = [e["step"] for e in evaluated], [e["loss"] for e in evaluated]
+        top.plot(*points, color=_RIGHT, marker="o", linestyle=line, label="held out")
     top.set_ylabel("loss")
     top.set_title("Loss and budget over time", fontsize=10)
     top.legend()

@@ -60,7 +60,7 @@ def test_pictures_are_written(tmp_path):
         plot_ranks(ranks, tmp_path / "sub" / "ranks.png", 4),
         plot_budget(events, history, tmp_path / "budget.svg"),
         plot_budget(events, [], tmp_path / "no-history.png"),
-        plot_adapter(ranks, dict.fromkeys(ranks, 1.0), history, tmp_path / "adapter.pdf", 4),
+        plot_adapter(ranks, {**dict.fromkeys(ranks, 1.0), "m.0.q": math.nan}, history, tmp_path / "adapter.pdf", 4),
         plot_adapter({"fc": 0}, {}, [], tmp_path / "bare.png", 0),
         plot_series({"m.0.q": [{"step": s, **point} for s in range(4)], "m.1.q": []}, tmp_path / "series.png"),
     ]
