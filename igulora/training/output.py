@@ -40,11 +40,9 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        hint = (
-            "add --resume to go on with the run in it, or --overwrite to replace it"
-            if ours
-            else "choose another folder"
-        )
+        hint = "add --overwrite to replace the run in it, or choose another folder" if ours else "choose another folder"
+        if ours and latest_checkpoint(folder) is not None:
+            hint = "add --resume to go on with the run in it, or --overwrite to replace it"
         raise ValueError(f"expected an empty or new folder for --output, found files in {folder}; {hint}")
     if not ours:
         raise ValueError(

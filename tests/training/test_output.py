@@ -30,7 +30,10 @@ def test_full_folders_are_refused(tmp_path):
 def test_overwriting_removes_a_run_and_nothing_else(tmp_path):
     for name in ("run.json", "metrics.jsonl", "notes.txt"):
         (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="add --overwrite to replace the run in it"):
+        check_output(tmp_path, False, False)
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000001" / "checkpoint.json").write_text("{}")
     with pytest.raises(ValueError, match="add --resume to go on with the run in it, or --overwrite"):
         check_output(tmp_path, False, False)
     check_output(tmp_path, False, True)
