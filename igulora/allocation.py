@@ -85,7 +85,7 @@ class Allocator:
             costs=bank.cost if config.budget_unit == "parameters" else None,
             min_rank=config.min_rank,
         )
-        bank.live.copy_(live)
+        bank.live = live
         bank.lambdas.mul_(live)  # soft: a pruned lambda is 0 now and may grow back until the next allocation
         if config.prune == "hard" or self.schedule.phase(step) == "final":
             bank.mask.copy_(live)

@@ -19,6 +19,9 @@ from .layers import FusedSVDLinear
 
 _ALIGN = 64  # elements: every region starts on a 256-byte boundary, so that kernels may use 16-byte accesses
 
+# The parts of a triplet, in the order in which score terms are kept.
+PARTS = ("lora_E", "lora_P", "lora_Q")
+
 
 @dataclass(frozen=True)
 class _Slice:
@@ -177,12 +180,9 @@ class Bank:
         layout = self.layout
         table = layout.row_table(self.starts)
         self.row_table = table.to(self.device)
-        of_lambda = table[:, 0] >= layout.lambda_offset
-        matrix_rows = torch.nonzero(~of_lambda).flatten()
-        # Two matrix rows (one p, one q) per triplet: their row numbers, to gather row scores by triplet.
-        order = torch.argsort(table[matrix_rows, 2], stable=True)
-        self.triplet_rows = matrix_rows[order].view(-1, 2).to(self.device)
-        self.lambda_rows = torch.nonzero(of_lambda).flatten().to(self.device)
+        # Where a row's statistics go: (part, triplet) in a (3, triplets) table, parts in the order of PARTS.
+        parts = torch.tensor([PARTS.index(s.name) for s in layout.slices for _ in range(s.rows)], dtype=torch.int64)
+        self.slots = (parts * layout.triplets + table[:, 2]).to(self.device)
         ranks = torch.tensor([layer.r for layer in self.layers], dtype=torch.int64)
         costs = torch.tensor([layer.in_features + layer.out_features for layer in self.layers], dtype=torch.int64)
         self.layer_index = torch.repeat_interleave(torch.arange(len(self.layers)), ranks).to(self.device)
@@ -210,11 +210,11 @@ class Bank:
     def bind_grads(self) -> None:
         """Give every parameter its view of the flat gradient back after ``zero_grad(set_to_none=True)``.
 
-        The first and the last parameter tell: when both still have their views nothing is touched. Otherwise the flat gradient is
-        zeroed in one launch and the views are set again; a gradient that was kept or made meanwhile is kept.
+        When all still have their views nothing is touched. Otherwise the flat gradient is zeroed in one launch and the views are set
+        again; a gradient that was kept or made meanwhile is kept.
         """
         views = self._grad_views
-        if not views or (views[0][0].grad is views[0][1] and views[-1][0].grad is views[-1][1]):
+        if all(param.grad is view for param, view in views):
             return
         strangers = [(v, p.grad) for p, v in views if p.grad is not None and p.grad is not v]
         kept = any(p.grad is v for p, v in views)
@@ -250,6 +250,10 @@ class Bank:
         """(triplets,) 0/1: which triplets live by the last allocation."""
         assert self._live is not None
         return self._live
+
+    @live.setter
+    def live(self, mask: Tensor) -> None:
+        self._live = mask
 
     # -- views by triplet ---------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ number generators. Each file is written beside its place and renamed.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .adapt import check_plain, inject, saved_modules
 from .bank import find_bank
 from .config import IGUConfig
 from .controller import Controller
-from .files import read_json, read_tensors, write_json, write_tensors
+from .files import read_json, read_metadata, read_tensors, write_json, write_tensors
 
 ADAPTER_FILE, CONFIG_FILE, CONTROLLER_FILE = (
     "adapter_model.safetensors",
@@ -68,8 +69,10 @@ def save_adapter(model: nn.Module, directory: str | Path, controller: Controller
     for name, module in saved.items():
         tensors |= {f"{name}.saved.{key}": value for key, value in module.module.state_dict().items()}
     state = controller.state_dict() if controller is not None else None
+    stamp = secrets.token_hex(8)
     meta = {
         "format": FORMAT,
+        "stamp": stamp,
         "library": "igulora",
         "config": config.to_dict(),
         "modules": {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)},
@@ -79,9 +82,9 @@ def save_adapter(model: nn.Module, directory: str | Path, controller: Controller
         "history": controller.history if controller is not None else [],
         "controller": state["meta"] if state is not None else None,
     }
-    write_tensors(directory / ADAPTER_FILE, tensors)
+    write_tensors(directory / ADAPTER_FILE, tensors, {"stamp": stamp})
     if state is not None:
-        write_tensors(directory / CONTROLLER_FILE, state["tensors"])
+        write_tensors(directory / CONTROLLER_FILE, state["tensors"], {"stamp": stamp})
     write_json(directory / CONFIG_FILE, meta)
     return directory
 
@@ -129,7 +132,19 @@ def read_adapter(directory: str | Path) -> AdapterFile:
                 f"expected only tensors of the adapter in {directory / ADAPTER_FILE}, got {key!r}; the file is foreign"
             )
         saved[owner][key[len(owner) + len(".saved.") :]] = tensors.pop(key)
+    _check_stamp(directory / ADAPTER_FILE, meta)
+    if meta.get("controller") is not None and (directory / CONTROLLER_FILE).is_file():
+        _check_stamp(directory / CONTROLLER_FILE, meta)
     return AdapterFile(config, modules, saved, meta, _score_terms(directory, meta))
+
+
+def _check_stamp(path: Path, meta: dict[str, Any]) -> None:
+    """Raise unless ``path`` was written by the same call of :func:`save_adapter` as the description ``meta``."""
+    if read_metadata(path).get("stamp") != meta.get("stamp"):
+        raise ValueError(
+            f"expected {path.name} and {CONFIG_FILE} of one save in {path.parent}, got files of two; a save was interrupted or files were "
+            "mixed: take an earlier copy"
+        )
 
 
 def _score_terms(directory: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
@@ -193,14 +208,15 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 @torch.no_grad()
 def _fill(model: nn.Module, file: AdapterFile) -> None:
     bank = find_bank(model)
-    for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
+    for name, layer in zip(bank.names, bank.layers, strict=True):
         parts = file.modules[name]
         layer.lora_P.copy_(parts["lora_P"])
         layer.lora_E.copy_(parts["lora_E"])
         layer.lora_Q.copy_(parts["lora_Q"])
         layer.mask.copy_(parts["mask"])
         layer.scale = float(file.meta["scale"][name])
-        bank.live[bank.starts[i] : bank.starts[i + 1]].copy_(parts["live"])
+    live = [file.modules[name]["live"] for name in bank.names]
+    bank.live = torch.cat(live).to(bank.device, bank.dtype) if live else bank.mask.clone()
     for name, module in saved_modules(model).items():
         module.module.load_state_dict(file.saved[name])
 

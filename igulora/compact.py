@@ -57,14 +57,14 @@ def compact(
             owners.append((controller.passes, "absolute"))
         buffers = [(owner, name, refill(getattr(owner, name))) for owner, name in owners]
         controller.importance.terms = controller.importance.terms[:, kept]
-        controller.importance.row_stats = None
+        controller.importance.stats = None
     path = refill(bank._path.detach()) if bank._path is not None else None
     grad = refill(bank.grad)
     for layer, rows in zip(bank.layers, keep, strict=True):
         for name in ("lora_P", "lora_E", "lora_Q"):
             _shrink(getattr(layer, name), rows, optimizer)
         layer.mask = layer.mask[rows]
-    bank._live, bank._path = live, None
+    bank.live, bank._path = live, None
     bank.repack()
     bank.grad.copy_(grad())
     if path is not None:

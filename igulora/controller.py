@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,8 @@ class Controller:
         self.global_step = 0
         self.penalty: Tensor | None = None
         self._regularised = False
-        self._events: list[tuple[int, int, Tensor]] = []
+        # Per allocation: step, budget, live mask, and the number of each module's first triplet in it.
+        self._events: list[tuple[int, int, Tensor, list[int]]] = []
         self._series: list[tuple[int, Tensor]] = []
         self._check_schedule()
         context = self.bank.context
@@ -121,10 +123,12 @@ class Controller:
     @property
     def history(self) -> list[dict[str, Any]]:
         """One entry per allocation: step, budget and the live rank of every module (synchronises with the device)."""
-        return [
-            {"step": step, "budget": budget, "ranks": dict(zip(self.bank.names, map(int, ranks.tolist()), strict=True))}
-            for step, budget, ranks in self._events
-        ]
+        out = []
+        for step, budget, live, starts in self._events:
+            values = live.tolist()
+            ranks = [int(sum(values[a:b])) for a, b in itertools.pairwise(starts)]
+            out.append({"step": step, "budget": budget, "ranks": dict(zip(self.bank.names, ranks, strict=True))})
+        return out
 
     @property
     def series(self) -> dict[str, list[dict[str, float]]]:
@@ -154,7 +158,8 @@ class Controller:
             loss_fn: ``batch -> loss``, a mean over the batch's loss terms. It may be called with path rows appended to the batch
                 (``path_pass="mixed"``), or twice (``"separate"``).
             batch: tensor, tuple, list or mapping of tensors with the sequences in the first dimension.
-            scale: factor of the loss; ``1 / accumulation_steps`` by default.
+            scale: factor of the loss; ``1 / accumulation_steps`` by default. A loss scaler's factor S enters as
+                ``S / accumulation_steps``: path samples stay free of it, the orthogonality gradient takes it too.
 
         Returns:
             The detached () loss, unscaled; of a mixed batch it is the mean over training and path rows together.
@@ -174,13 +179,16 @@ class Controller:
         sampling = self._scoring and self.config.estimator != "instantaneous"
         run = self.passes.train_and_sample if sampling else self.passes.train
         loss = run(loss_fn, batch, scale)
-        self.regularise()
+        self.regularise(scale * self.accumulation_steps)
         return loss
 
-    def regularise(self) -> None:
+    def regularise(self, scale: float = 1.0) -> None:
         """Add the orthogonality gradient to the flat gradient, once per optimizer step.
 
         :meth:`backward` does it; call it before ``optimizer.step()`` only where you call ``loss.backward()`` yourself.
+
+        Args:
+            scale: factor that the whole step's gradient carries (a loss scaler's), 1 without one.
         """
         if self._regularised or not self.config.orthogonality or not self.config.adaptive:
             return
@@ -190,7 +198,7 @@ class Controller:
             bank.weight,
             bank.grad,
             list(bank.layout.groups),
-            config.orthogonality,
+            config.orthogonality * scale,  # type: ignore[operator]
             offdiagonal=config.orthogonality_form == "offdiagonal",
         )
         self._regularised = True
@@ -227,8 +235,8 @@ class Controller:
         due = config.adaptive and self.allocator.schedule.is_due(self.global_step)
         if due:
             self.allocator.allocate(self.importance, self.global_step)
-            ranks = bank.live.new_zeros(len(bank.layers)).index_add_(0, bank.layer_index, bank.live)
-            self._events.append((self.global_step, self.budget, ranks))
+            # An allocation makes a new mask: the event keeps it, and its ranks are counted when somebody asks.
+            self._events.append((self.global_step, self.budget, bank.live, bank.starts))
         self._reset_step()
         return StepInfo(self.global_step, self.budget, self.phase, scored, due)
 
@@ -280,12 +288,13 @@ class Controller:
                 f"{sum(meta['modules'].values())} of {len(meta['modules'])}: it was saved for another adapter"
             )
         self.importance.load_state_dict({**tensors, "updates": meta["updates"]})
-        bank.live.copy_(tensors["live"])
+        bank.live = tensors["live"].to(bank.device, bank.dtype)
         self.allocator = Allocator(bank, self.config, initial=int(meta["initial_budget"]))
         self.passes.load_state_dict(tensors, meta["passes"])
         self.global_step = int(meta["global_step"])
+        each = list(range(len(bank.names) + 1))  # of past allocations the ranks are known, one number per module
         self._events = [
-            (int(e["step"]), int(e["budget"]), torch.tensor([e["ranks"][name] for name in bank.names]))
+            (int(e["step"]), int(e["budget"]), torch.tensor([e["ranks"][name] for name in bank.names]), each)
             for e in meta["history"]
         ]
         if meta["trace"] == self.trace:

@@ -7,9 +7,9 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,12 +73,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is truncated or no safetensors file.
     """
+    return _reading(path, lambda: load_file(path))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; raises as :func:`read_tensors` does."""
+
+    def read() -> dict[str, str]:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+
+    return _reading(path, read)
+
+
+_T = TypeVar("_T")
+
+
+def _reading(path: Path, read: Callable[[], _T]) -> _T:
     if not path.is_file():
         raise FileNotFoundError(
             f"expected the file {path.name} in {path.parent}, found none; is this an igulora folder?"
         )
     try:
-        return load_file(path)
+        return read()
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(
             f"expected a complete safetensors file at {path}, got one that is truncated or foreign ({error}); copy or save it again"

@@ -37,7 +37,7 @@ class Importance:
     Attributes:
         mean, deviation: flat float32 with the bank's layout: EMA of y (Eq. 10) and of |y - mean| (Eq. 11).
         terms: (3, triplets) scores of lambda, p and q after the last update; for ``method="random"`` the first holds the draws.
-        row_stats: (4, rows) row means of score, y, mean and deviation after the last update, or None.
+        stats: (4, 3, triplets) row means of score, y, mean and deviation of lambda, p and q after the last update, or None.
         updates: how many updates were made.
     """
 
@@ -50,13 +50,14 @@ class Importance:
             # Chance decides once who dies; kept with the scores, so that it survives compaction and a resumed run.
             generator = torch.Generator().manual_seed(config.seed)
             self.terms[0].copy_(torch.rand(bank.triplets, generator=generator))
-        self.row_stats: Tensor | None = None
+        self.stats: Tensor | None = None
         self.updates = 0
 
     def update(self, path: Tensor) -> None:
         """Take one window's path gradient T, flat; with ``aggregate="absolute"`` the window's mean of |w| |g|. No synchronisation."""
         config, bank = self.config, self.bank
-        stats, finite = importance_update(
+        # A window with a non-finite T leaves the states, and so the terms computed from them, as they were.
+        stats, _ = importance_update(
             bank.weight,
             path,
             self.mean,
@@ -67,10 +68,10 @@ class Importance:
             eps=config.eps,
             combine=config.combine,
             absolute=config.aggregate == "absolute",
+            slots=bank.slots,
         )
-        fresh = torch.cat((stats[0, bank.lambda_rows].unsqueeze(0), stats[0, bank.triplet_rows].t()))
-        self.terms = torch.where(finite, fresh, self.terms)
-        self.row_stats = stats
+        self.stats = stats.view(4, 3, bank.triplets)
+        self.terms = self.stats[0]
         self.updates += 1
 
     def triplet_scores(self) -> Tensor:
@@ -92,13 +93,13 @@ class Importance:
         """Follow the bank to another device."""
         self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
         self.terms = self.terms.to(device)
-        self.row_stats = None if self.row_stats is None else self.row_stats.to(device)
+        self.stats = None if self.stats is None else self.stats.to(device)
 
     def module_stats(self) -> dict[str, Tensor]:
         """(modules,) means over each module's P and Q rows of y, mean, deviation and score, on the device."""
-        if self.row_stats is None:
+        if self.stats is None:
             raise ValueError("expected row statistics, got none: no score update was made yet")
-        per_triplet = self.row_stats[:, self.bank.triplet_rows].mean(-1)  # (4, triplets)
+        per_triplet = self.stats[:, 1:].mean(1)  # (4, triplets)
         layers = self.bank.layer_index
         sums = per_triplet.new_zeros((4, len(self.bank.layers))).index_add_(1, layers, per_triplet)
         counts = torch.bincount(layers, minlength=len(self.bank.layers)).clamp_(min=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -173,7 +173,8 @@ class FusedSVDLinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """``s * sum_i m_i lambda_i p_i q_i^T``, (out, in), in the masters' dtype."""
         coef = self.scale * self.mask * self.lora_E
-        with torch.autocast(coef.device.type, enabled=False):
+        device = coef.device.type
+        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
             return (self.lora_P.t() * coef) @ self.lora_Q
 
     @torch.no_grad()

@@ -53,6 +53,7 @@ def _importance_update(
     eps: float,
     combine: str,
     absolute: bool,
+    slots: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Reference. Returns row statistics (4, rows) = row means of score, y, mean, deviation, and the () flag "T was finite"."""
     chunks = list(_chunks(regions, weight.device))
@@ -72,11 +73,13 @@ def _importance_update(
         columns = slice(row, row + rows)
         for k, values in enumerate((_combined(m, u, eps, combine), y, m, u)):
             torch.mean(values.view(rows, length), dim=1, out=stats[k, columns])
+    if slots is not None:
+        stats = torch.empty_like(stats).index_copy_(1, slots, stats)
     return stats, finite
 
 
 @_importance_update.register_fake
-def _(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute):
+def _(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, slots):
     return weight.new_empty((4, sum(regions[1::3]))), torch.empty((), dtype=torch.bool, device=weight.device)
 
 
@@ -92,6 +95,7 @@ def importance_update(
     eps: float = 1e-6,
     combine: str = "snr",
     absolute: bool = False,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Update mean and deviation in place from the path gradient and return what each row scores.
 
@@ -101,10 +105,11 @@ def importance_update(
         beta1, beta2, eps: smoothing constants of Eq. 10-12.
         combine: "snr" mean/(deviation + eps), "snr-release" (mean + eps)/(deviation + eps), "product" mean*deviation, "mean".
         absolute: the path buffer already holds means of |w| |gradient| (Eq. 7): y = |T|.
+        slots: int64 (rows,), a permutation: the column of the result that each row writes to; the rows' own order by default.
 
     Returns:
-        stats float32 (4, rows): row means of score, y, mean, deviation, rows numbered in the order of the regions; and a () bool
-        tensor, False when T held a non-finite value and nothing was updated.
+        stats float32 (4, rows): row means of score, y, mean, deviation, rows numbered in the order of the regions or by ``slots``; and
+        a () bool tensor, False when T held a non-finite value and nothing was updated.
 
     Raises:
         ValueError: unknown ``combine`` or buffers of different lengths.
@@ -114,4 +119,4 @@ def importance_update(
     if not weight.shape == path.shape == mean.shape == deviation.shape or weight.ndim != 1:
         shapes = [tuple(t.shape) for t in (weight, path, mean, deviation)]
         raise ValueError(f"expected four flat buffers of one length, got shapes {shapes}")
-    return _importance_update(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute)
+    return _importance_update(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, slots)

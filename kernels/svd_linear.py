@@ -135,8 +135,9 @@ def _svd_linear_bwd(
     empty = x.new_empty((0,))
     dx = dW = db = dP = dE = dQ = tP = tE = tQ = empty
 
+    # dL/dS of every row; a training row's share of dQ is made of the same numbers.
+    dS = _grouped(dyP, alpha.reshape(-1, 1) * c).to(dt) if need_x or need_q else dyP
     if need_x:
-        dS = _grouped(dyP, alpha.reshape(-1, 1) * c).to(dt)
         dx = dS @ Q.to(dt)  # (M, r) @ (r, K)
         if keep is not None:
             dx *= keep
@@ -151,15 +152,16 @@ def _svd_linear_bwd(
     if need_tp:
         tP = (_grouped(S[path], path_factor * c).to(dt).t() @ dy2[path]).to(P.dtype)
     if need_e or need_te:
-        per_row = S.to(E.dtype) * dyP.to(E.dtype)
+        # Summed over the rows of a group before the group's factor: (n, r) numbers are left to weigh.
+        per_group_sum = (S.to(E.dtype) * dyP).reshape(n, per_group, r).sum(1)
         if need_e:
-            dE = _grouped(per_row[train], train_factor * (scale * mask)).sum(0)
+            dE = (per_group_sum[:train_groups] * train_factor).sum(0) * (scale * mask)
         if need_te:
-            tE = _grouped(per_row[path], path_factor * (scale * mask)).sum(0)
+            tE = (per_group_sum[path_start:] * path_factor).sum(0) * (scale * mask)
     if need_q or need_tq:
         xd = x2 if keep is None else x2 * keep
         if need_q:
-            dQ = (_grouped(dyP[train], train_factor * c).to(dt).t() @ xd[train]).to(Q.dtype)  # (r, M) @ (M, K)
+            dQ = (dS[train].t() @ xd[train]).to(Q.dtype)  # (r, M) @ (M, K)
         if need_tq:
             tQ = (_grouped(dyP[path], path_factor * c).to(dt).t() @ xd[path]).to(Q.dtype)
     # Unneeded results share one empty tensor inside; an operator must not return the same storage twice.

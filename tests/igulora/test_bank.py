@@ -14,6 +14,7 @@ from torch import nn
 
 import igulora
 from igulora import find_bank
+from igulora.bank import PARTS
 
 
 def assert_packed(model: nn.Module) -> None:
@@ -67,9 +68,17 @@ def test_layout(adapted) -> None:
         rows = view.view(view.shape[0], -1) if view.numel() else []
         for i, row in enumerate(rows):
             assert by_offset[int(row[0])] == (row.numel(), start + i)
-    # Two matrix rows and one lambda per triplet.
-    assert torch.equal(table[bank.lambda_rows, 2], torch.arange(bank.triplets))
-    assert torch.equal(table[bank.triplet_rows, 2], torch.arange(bank.triplets).unsqueeze(1).expand(-1, 2))
+    # One lambda, one p and one q per triplet, each with a slot of its own.
+    assert sorted(bank.slots.tolist()) == list(range(3 * bank.triplets))
+    assert torch.equal(bank.slots % bank.triplets, table[:, 2])
+    parts = {(name, part): k for (name, part) in bank.matrix_views(values) for k, p in enumerate(PARTS) if p == part}
+    rows_of = {
+        int(row[0]): parts[key]
+        for key, view in bank.matrix_views(values).items()
+        if view.numel()
+        for row in view.view(view.shape[0], -1)
+    }
+    assert [int(s) // bank.triplets for s in bank.slots] == [rows_of[int(o)] for o in table[:, 0]]
     assert bank.layer_index.tolist() == [0] * 4 + [2] * 4 + [3] * 3
     assert bank.cost.tolist() == [20] * 4 + [22] * 4 + [15] * 3
     # The operators' regions cover the same rows in the same order.

@@ -15,6 +15,7 @@ from torch import nn
 import igulora
 from igulora import files, find_bank
 from igulora.checkpoint import load_checkpoint, save_checkpoint
+from igulora.files import read_metadata
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -203,7 +204,7 @@ def tensors_edit(change):
         path = folder / "adapter_model.safetensors"
         tensors = load_file(path)
         change(tensors)
-        save_file(tensors, path)
+        save_file(tensors, path, metadata=read_metadata(path))
 
     return edit
 
@@ -267,6 +268,7 @@ DAMAGE = {
         ValueError,
         r"first: \(out, in\) = \(99, 8\), the model's is \(12, 8\)",
     ),
+    "files of two saves": (config_edit(lambda m: m.update(stamp="0" * 16)), ValueError, "of one save .* files of two"),
     "head of another size": (
         tensors_edit(lambda t: t.update({"head.saved.weight": torch.ones(5, 12)})),
         ValueError,

@@ -85,6 +85,20 @@ def test_a_path_sample_does_not_depend_on_the_loss_scale(net, config, trainer, b
 # -- the guard against a run that never steps -------------------------------------------------------------------------
 
 
+def test_the_penalty_takes_the_loss_scale_too(net, config, trainer, batches, loss_of) -> None:
+    """What a loss scaler divides out of the gradient at the step must be in all of it."""
+    found = []
+    for factor in (1.0, 1024.0):
+        model, controller, _ = trainer(net(), config(orthogonality=0.5))
+        with torch.no_grad():  # away from orthonormal rows, where the penalty's gradient is 0
+            controller.bank.weight.mul_(1.5)
+        for batch in batches(1):
+            controller.backward(loss_of(model), batch, scale=factor)
+        found.append(controller.bank.grad / factor)
+    assert float(found[0].abs().max()) > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
 def test_forgotten_step(net, config, trainer, batches, loss_of) -> None:
     model, controller, optimizer = trainer(net(), config())
     controller.backward(loss_of(model), batches(1)[0])

@@ -129,8 +129,20 @@ def test_masked_triplets_with_zero_gradient_score_zero() -> None:
 @pytest.mark.parametrize("combine", ["snr", "product"])
 def test_opcheck(regions: list[int], combine: str) -> None:
     torch.library.opcheck(
-        torch.ops.igulora.importance_update.default, (*buffers(40), regions, BETA1, BETA2, EPS, combine, False)
+        torch.ops.igulora.importance_update.default, (*buffers(40), regions, BETA1, BETA2, EPS, combine, False, None)
     )
+    slots = torch.randperm(sum(regions[1::3]))
+    torch.library.opcheck(
+        torch.ops.igulora.importance_update.default, (*buffers(40), regions, BETA1, BETA2, EPS, combine, True, slots)
+    )
+
+
+def test_slots_say_where_a_row_writes() -> None:
+    regions = REGIONS[0]
+    slots = torch.randperm(sum(regions[1::3]), generator=torch.Generator().manual_seed(0))
+    plain, _ = update(buffers(40), regions)
+    placed, _ = importance_update(*buffers(40), regions, beta1=BETA1, beta2=BETA2, eps=EPS, slots=slots)
+    assert torch.equal(placed[:, slots], plain)
 
 
 def test_same_bits() -> None:
