@@ -20,7 +20,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["igulora", "igulora.*"]), "igulora.kernels"],
     package_dir={"igulora": "igulora", "igulora.kernels": "kernels"},
     package_data={"igulora": ["py.typed"]},

@@ -59,7 +59,7 @@ class Allocator:
             per_rank, stored = len(bank.layers), bank.triplets
         self.schedule = BudgetSchedule(
             initial=stored if initial is None else initial,
-            target=min(config.target_rank * per_rank, stored if initial is None else initial),
+            target=min((config.target_rank or 0) * per_rank, stored if initial is None else initial),
             t_init=config.t_init or 0,
             t_end=config.prunes_until,
             delta_t=config.delta_t or 1,

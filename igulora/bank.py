@@ -207,6 +207,11 @@ class Bank:
             return
         self.repack()
 
+    @property
+    def has_grads(self) -> bool:
+        """Whether any parameter holds a gradient (none does after ``zero_grad(set_to_none=True)``)."""
+        return any(param.grad is not None for param, _ in self._grad_views)
+
     def bind_grads(self) -> None:
         """Give every parameter its view of the flat gradient back after ``zero_grad(set_to_none=True)``.
 

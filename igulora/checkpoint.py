@@ -105,8 +105,10 @@ def read_adapter(directory: str | Path) -> AdapterFile:
         raise ValueError(
             f"expected adapter format {FORMAT} in {directory}, got {meta.get('format')!r}; use a matching igulora version"
         )
-    for key, kind in (("config", dict), ("scale", dict), ("saved", list)):
-        if not isinstance(meta.get(key), kind) or (key == "scale" and meta["scale"].keys() != meta["modules"].keys()):
+    kinds = {"config": dict, "scale": dict, "ranks": dict, "saved": list, "history": list}
+    for key, kind in kinds.items():
+        by_module = key in ("scale", "ranks")
+        if not isinstance(meta.get(key), kind) or (by_module and meta[key].keys() != meta["modules"].keys()):
             raise ValueError(
                 f"expected {key!r} in {directory / CONFIG_FILE} to be complete, got {meta.get(key)!r}; save it again"
             )
@@ -278,9 +280,14 @@ def load_checkpoint(
     tensors = read_tensors(directory / OPTIMIZER_FILE)
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
-        if not key.startswith("rng."):
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+        if key.startswith("rng."):
+            continue
+        index, _, name = key.partition(".")
+        if not index.isdigit() or not name:
+            raise ValueError(
+                f"expected optimizer states in {directory / OPTIMIZER_FILE}, got the tensor {key!r}; the file is foreign: take a copy"
+            )
+        state.setdefault(int(index), {})[name] = value
     for index, entries in trainer["scalars"].items():
         state.setdefault(int(index), {}).update(entries)
     groups = trainer["groups"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,6 @@ _SHARED: dict[str, Any] = {
     "weights": "trapezoid",
     "aggregate": "signed",
     "window": 16,
-    "ig_every": 6,
-    "ig_fraction": 0.25,
     "combine": "snr",
     "lambda_score": "magnitude",
     "init": "orthonormal",
@@ -45,6 +44,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "prune": ("soft", "hard"),
     "orthogonality_form": ("full", "offdiagonal"),
 }
+# How often, and on which share of the sequences, an estimator samples: ours on a few (at most 5% more sequences in all), the paper's
+# own on every micro-batch.
+_SPARSE, _EVERY = {"ig_every": 6, "ig_fraction": 0.25}, {"ig_every": 1, "ig_fraction": 1.0}
+_SAMPLING: dict[str, dict[str, Any]] = {"gauss": _SPARSE, "stratified": _SPARSE}
 # Score updates that must precede the first allocation (ALGORITHMS 2.3: after one update every score is equal).
 MIN_UPDATES = 3
 
@@ -53,7 +56,8 @@ MIN_UPDATES = 3
 class IGUConfig:
     """Options of adaptive-rank fine-tuning. Fields left at None take the default of ``method``.
 
-    Adapter (ALGORITHMS 1): ``r`` stored triplets per matrix, ``target_rank`` their average number after pruning,
+    Adapter (ALGORITHMS 1): ``r`` stored triplets per matrix, ``target_rank`` their average number after pruning (default r // 2; for the
+    fixed-rank "lora" the rank itself, r by default, so that methods compare at one final budget),
     ``lora_alpha`` (default r; the update is scaled by ``s = lora_alpha / r``), ``init``, ``init_lambda``, ``dropout``,
     ``target_modules`` ("all-linear", a regular expression over full names, or a list of name endings), ``exclude_modules``,
     ``modules_to_save`` (trained and saved whole, such as a classification head), ``rank_pattern`` (name ending -> r).
@@ -74,7 +78,7 @@ class IGUConfig:
 
     method: str = "igu"
     r: int = 32
-    target_rank: int = 16
+    target_rank: int | None = None
     total_steps: int | None = None
     lora_alpha: float | None = None
     target_modules: str | list[str] = "all-linear"
@@ -115,6 +119,11 @@ class IGUConfig:
         for name, value in METHODS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        for name, value in _SAMPLING.get(self.estimator or "", _EVERY).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.target_rank is None:
+            self.target_rank = self.r // 2 if self.adaptive and isinstance(self.r, int) else self.r
         if self.nodes is None:
             self.nodes = 3 if self.estimator == "gauss" else 20
         for name, options in CHOICES.items():
@@ -137,6 +146,7 @@ class IGUConfig:
     @property
     def initial_rank(self) -> int:
         """Triplets stored per matrix at the start: ``r``, or ``target_rank`` for the fixed-rank "lora"."""
+        assert self.target_rank is not None
         return self.r if self.adaptive else self.target_rank
 
     @property
@@ -165,22 +175,32 @@ class IGUConfig:
             raise ValueError(
                 f"expected nodes >= 2 for estimator={self.estimator!r} (an interior node), got {self.nodes}"
             )
-        if self.adaptive and self.target_rank > self.r:
+        if self.adaptive and self.target_rank > self.r:  # type: ignore[operator]
             raise ValueError(
                 f"expected target_rank <= r, got target_rank={self.target_rank} > r={self.r}; "
                 "raise r or lower target_rank: ranks only shrink"
             )
-        if self.min_rank > self.target_rank:
+        if self.min_rank > self.target_rank:  # type: ignore[operator]
             raise ValueError(f"expected min_rank <= target_rank, got {self.min_rank} > {self.target_rank}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"expected 0 <= dropout < 1, got {self.dropout}")
-        if not 0.0 < self.ig_fraction <= 1.0:  # type: ignore[operator]
+        for name, least, high in (
+            ("dropout", 0.0, 1.0),
+            ("beta1", 0.0, 1.0),
+            ("beta2", 0.0, 1.0),
+            ("orthogonality", 0.0, math.inf),
+            ("eps", 0.0, math.inf),
+        ):
+            number = _number(name, getattr(self, name))
+            if not least <= number < high:
+                wanted = f"{least:g} <= {name} < {high:g}" if high < math.inf else f"{name} >= {least:g} and finite"
+                raise ValueError(f"expected {wanted}, got {number}")
+        if not 0.0 < _number("ig_fraction", self.ig_fraction) <= 1.0:
             raise ValueError(f"expected 0 < ig_fraction <= 1, got {self.ig_fraction}")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"expected 0 <= {name} < 1, got {getattr(self, name)}")
-        if self.orthogonality < 0.0:  # type: ignore[operator]
-            raise ValueError(f"expected orthogonality >= 0, got {self.orthogonality}")
+        if self.lora_alpha is not None and not 0.0 < _number("lora_alpha", self.lora_alpha) < math.inf:
+            raise ValueError(
+                f"expected lora_alpha > 0 and finite (the update is scaled by lora_alpha / r), got {self.lora_alpha}"
+            )
+        if not math.isfinite(_number("init_lambda", self.init_lambda)):
+            raise ValueError(f"expected a finite init_lambda, got {self.init_lambda}")
         # A window scores at least one micro-batch; AdaLoRA's window of one is the case in point.
         self.ig_every = min(self.ig_every, self.window)  # type: ignore[type-var]
 
@@ -209,7 +229,7 @@ class IGUConfig:
             raise ValueError(
                 f"expected total_steps > t_init + t_final, got {self.total_steps} <= {self.t_init} + {self.t_final}; "
                 "train longer, or lower t_init (steps before pruning; with scores at least three windows of "
-                f"{self.window} micro-batches) or t_final (steps at the final ranks)"
+                f"{self.window} micro-batches: lower window too) or t_final (steps at the final ranks)"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,3 +248,9 @@ class IGUConfig:
             if key not in known:
                 raise ValueError(f"expected an option of IGUConfig, got {key!r}.{nearest(key, known)}")
         return cls(**values)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected {name} to be a number, got {value!r} ({type(value).__name__})")
+    return float(value)

@@ -70,7 +70,7 @@ class PathContext:
         """Raise when more training passes went by than one optimizer step can have.
 
         Raises:
-            RuntimeError: ``Controller.step()`` was not called, or there is no controller.
+            ValueError: ``Controller.step()`` was not called, or there is no controller.
         """
         if not self.needs_controller or self.unstepped < self.allowed_unstepped or torch.compiler.is_compiling():
             return
@@ -79,12 +79,12 @@ class PathContext:
         ):  # inside a backward: activation checkpointing runs the forward again
             return
         if not self.controlled:
-            raise RuntimeError(
+            raise ValueError(
                 f"expected an igulora.Controller for this adaptive-rank model, got {self.unstepped} training passes without one: "
                 "ranks would never be allocated. Make ctl = igulora.Controller(model) and call ctl.step() after optimizer.step(); "
                 'for a fixed rank use IGUConfig(method="lora")'
             )
-        raise RuntimeError(
+        raise ValueError(
             f"expected ctl.step() after each optimizer step, got {self.unstepped} training passes without it. Call ctl.step() after "
             "optimizer.step(), or say Controller(model, accumulation_steps=K) when K micro-batches make one step"
         )

@@ -78,6 +78,7 @@ class Controller:
         self.global_step = 0
         self.penalty: Tensor | None = None
         self._regularised = False
+        self._ran_backward = False
         # Per allocation: step, budget, live mask, and the number of each module's first triplet in it.
         self._events: list[tuple[int, int, Tensor, list[int]]] = []
         self._series: list[tuple[int, Tensor]] = []
@@ -114,6 +115,11 @@ class Controller:
     def phase(self) -> str:
         """ "warmup", "pruning" or "final"; a method that never prunes stays in "final"."""
         return self.allocator.schedule.phase(self.global_step) if self.config.adaptive else "final"
+
+    @property
+    def last_loss_is_joint(self) -> bool:
+        """Whether the last loss that :meth:`backward` returned counts path rows too (a mixed batch): not one to plot beside the others."""
+        return self.passes.mixed
 
     def live_ranks(self) -> dict[str, int]:
         """Live triplets of every adapted module (synchronises with the device)."""
@@ -165,7 +171,7 @@ class Controller:
             The detached () loss, unscaled; of a mixed batch it is the mean over training and path rows together.
 
         Raises:
-            RuntimeError: :meth:`step` was forgotten.
+            ValueError: :meth:`step` was forgotten.
             ValueError, TypeError: the batch or the loss does not fit (says how).
         """
         bank = self.bank
@@ -177,6 +183,7 @@ class Controller:
         bank.bind_grads()
         scale = 1.0 / self.accumulation_steps if scale is None else scale
         sampling = self._scoring and self.config.estimator != "instantaneous"
+        self._ran_backward = True
         run = self.passes.train_and_sample if sampling else self.passes.train
         loss = run(loss_fn, batch, scale)
         self.regularise(scale * self.accumulation_steps)
@@ -224,6 +231,8 @@ class Controller:
         bank.refresh()
         self._follow_device()
         micro_batches = max(bank.context.unstepped, 1)
+        if bank.context.unstepped and not self._ran_backward:
+            self._check_own_backward()
         scored = False
         if self._scoring:
             if config.estimator == "instantaneous":
@@ -243,6 +252,21 @@ class Controller:
     def _reset_step(self) -> None:
         self.bank.context.unstepped = 0
         self._regularised = False
+        self._ran_backward = False
+
+    def _check_own_backward(self) -> None:
+        """The loop called ``loss.backward()`` itself: fine where nothing is missing then."""
+        config = self.config
+        if self._scoring and config.estimator != "instantaneous":
+            raise ValueError(
+                f"expected ctl.backward(loss_fn, batch) for estimator={config.estimator!r}, got a backward of your own: no path sample "
+                'was taken. Use ctl.backward, or estimator="instantaneous"'
+            )
+        if config.adaptive and config.orthogonality and not self._regularised:
+            raise ValueError(
+                "expected ctl.regularise() between your own loss.backward() and optimizer.step(), got none: the orthogonality penalty was "
+                "never applied. Use ctl.backward, call ctl.regularise(), or set orthogonality=0"
+            )
 
     def _update_scores(self) -> None:
         self.importance.update(self.passes.close_window())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -30,9 +31,22 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text; NaN and infinity, which JSON has no words for, become null."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, float) and not math.isfinite(v):
+            return None
+        if isinstance(v, dict):
+            return {key: plain(item) for key, item in v.items()}
+        return [plain(item) for item in v] if isinstance(v, (list, tuple)) else v
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically."""
-    text = json.dumps(value, indent=2, sort_keys=False) + "\n"
+    text = to_json(value, indent=2) + "\n"
 
     def write(place: Path) -> None:
         place.write_text(text, encoding="utf-8")

@@ -18,6 +18,10 @@ from .quadrature import Quadrature, path_factors
 LossFn = Callable[[Any], Tensor]
 
 
+# Rounding of 16-bit models changes a loss by about 1e-3 when its rows are computed in another batch; class weights change it by more.
+_MEAN_TOLERANCE = 0.01
+
+
 @dataclass(frozen=True)
 class _PathRows:
     """Device tensors of one scored micro-batch: which sequences, at which alpha, with which factor; how often each occurs."""
@@ -38,6 +42,7 @@ class PathPasses:
 
     Attributes:
         in_window: micro-batches of the current window so far.
+        mixed: whether the last micro-batch had path rows appended, so that its loss is that of training and path rows together.
         absolute: mean over the window of |w| |sample| (``aggregate="absolute"``), flat, or None.
 
     Raises:
@@ -52,6 +57,8 @@ class PathPasses:
         self.quadrature = Quadrature(config)
         self.in_window = 0
         self.absolute: Tensor | None = None
+        self.mixed = False
+        self._mean_checked = False
         # Trainable parameters that are neither adapters nor modules to save: path rows must not reach them.
         self._others = _other_trainables(model, bank)
         wants_rows = config.adaptive and config.scored and self.quadrature.samples_path
@@ -76,6 +83,7 @@ class PathPasses:
 
     def train(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
         """An ordinary training pass; returns the detached loss."""
+        self.mixed = False
         loss = _checked(loss_fn(batch))
         (loss * scale).backward()
         return loss.detach()
@@ -103,6 +111,10 @@ class PathPasses:
     def sample_training_gradient(self, micro_batches: int) -> None:
         """``instantaneous``: T is the training gradient as the optimizer saw it (AdaLoRA; ablation IGU-LoRA-1)."""
         config, bank = self.config, self.bank
+        if not bank.has_grads:
+            raise ValueError(
+                "expected the step's gradients in ctl.step(), got none; call it after optimizer.step() and before optimizer.zero_grad()"
+            )
         bank.bind_grads()
         if not self._reads_grad:
             share = min(micro_batches, config.window - self.in_window) / config.window  # type: ignore[operator]
@@ -126,11 +138,11 @@ class PathPasses:
         """End the window; returns T (or, with absolute aggregation, the mean of |w| |sample|), flat."""
         self.in_window = 0
         if self._reads_grad:
-            return self.bank.grad
+            return self.bank.grad  # DistributedDataParallel has averaged it already
         if self.config.aggregate == "absolute":
             assert self.absolute is not None
-            return self.absolute
-        return self.bank.path
+            return _mean_over_processes(self.absolute)
+        return _mean_over_processes(self.bank.path)
 
     def _draw(self, batch: Any) -> _PathRows:
         chosen = self.quadrature.rows_of(batch_size(batch))
@@ -152,6 +164,7 @@ class PathPasses:
 
     def _mixed(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows) -> Tensor:
         """Training rows at alpha = 1 and path rows at theirs in one pass, each part rescaled from the joint mean to its own."""
+        self.mixed = True
         bank, size = self.bank, batch_size(batch)
         terms = self._terms(batch, size)
         path_terms = terms.index_select(0, path.rows)
@@ -160,11 +173,42 @@ class PathPasses:
         alpha = torch.cat((torch.ones_like(terms), path.alpha))
         at_one = torch.full_like(terms, path.endpoint / scale)
         weight = torch.cat((at_one, path.factor * (train_total / path_mean / scale)))
+        if not self._mean_checked:
+            self._check_mean(loss_fn, batch, path, terms, path_terms)
         with bank.context.at(alpha, size, 0 if path.endpoint else size, weight):
             loss = _checked(loss_fn(append_rows(batch, path.rows)))
             joint = scale * (train_total + path_terms.sum()) / train_total
             loss.backward(joint.to(loss.dtype))
         return loss.detach()
+
+    @torch.no_grad()
+    def _check_mean(self, loss_fn: LossFn, batch: Any, path: _PathRows, terms: Tensor, path_terms: Tensor) -> None:
+        """Once, at the first mixed batch: is the loss a mean over the counted terms? (The one place that reads from the device.)
+
+        Compares the joint loss with those of its parts, in evaluation mode; a loss that draws random numbers cannot be compared.
+        """
+        self._mean_checked = True
+        training = [m for m in self.model.modules() if m.training]
+        self.model.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                train, again = loss_fn(batch), loss_fn(batch)
+                sampled, joint = loss_fn(take_rows(batch, path.rows)), loss_fn(append_rows(batch, path.rows))
+        finally:
+            for module in training:
+                module.training = True
+        total, sampled_total = terms.sum(), path_terms.sum()
+        expected = (total * _checked(train) + sampled_total * _checked(sampled)) / (total + sampled_total).clamp_(
+            min=1.0
+        )
+        values = torch.stack([v.to(torch.float64) for v in (train, again, joint, expected)]).tolist()
+        if values[0] != values[1] or abs(values[2] - values[3]) <= _MEAN_TOLERANCE * max(abs(values[3]), 1e-6):
+            return
+        raise ValueError(
+            f"expected the loss of training and path rows together to be the mean over their terms ({values[3]:.6g}), got {values[2]:.6g}: "
+            "the loss is a sum, weighs its terms, or couples the rows. Return a mean and say what it counts with "
+            'Controller(model, loss_terms=...), or use IGUConfig(path_pass="separate")'
+        )
 
     def _separate(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows) -> Tensor:
         """The training pass, then a pass of the path rows alone that trains nothing."""
@@ -258,6 +302,16 @@ class PathPasses:
             self.bank.path.copy_(tensors["path"])
         if "absolute" in tensors:
             self.absolute = tensors["absolute"].to(self.bank.device)
+
+
+def _mean_over_processes(flat: Tensor) -> Tensor:
+    """Data-parallel processes hold different batches: one reduction a window makes their scores, and so their masks, equal."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        if processes > 1:
+            torch.distributed.all_reduce(flat)
+            flat /= processes
+    return flat
 
 
 def _checked(loss: Any) -> Tensor:

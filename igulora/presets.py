@@ -35,6 +35,7 @@ class Preset:
     eps: float = 1e-6
     orthogonality: float = 0.1
     estimator: str = "trapezoid"
+    include_f0: bool = True
     patience: int = 10
 
     def config_options(self, method: str = "igu") -> dict[str, Any]:
@@ -45,7 +46,7 @@ class Preset:
         """
         names = ["r", "target_rank", "t_init", "delta_t", "t_final", "beta1", "beta2", "eps", "orthogonality"]
         if method == "igu":
-            names += ["estimator", "nodes", "window"]
+            names += ["estimator", "nodes", "window", "include_f0"]
         elif method == "lora":
             names = ["r", "target_rank"]
         return {name: getattr(self, name) for name in names}

@@ -2,7 +2,8 @@
 
 Contract. x, weight, bias, y share one compute dtype (float64/float32/bfloat16/float16); P, E (lambda), Q, mask, alpha and path
 weights are float32 masters (float64 when x is). Products accumulate in float32. S = dropout(x) Q^T is rounded once to the compute
-dtype and saved for the backward; the rank term is added inside the accumulators of the base product, so y is rounded once.
+dtype and saved for the backward. The reference rounds the rank term plus bias to the compute dtype and lets the base product accumulate
+onto it, so that only one rounding happens at the size of y.
 Gradients of masters come back in the masters' dtype. Fixed-order sums, no atomics: same inputs and seed give the same bits.
 Error bound: against float64 at most twice the error of the same products written in PyTorch in the same dtype.
 

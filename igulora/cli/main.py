@@ -37,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         _complain(str(stop) or "stopped")
         return 130
-    except (ValueError, TypeError, FileNotFoundError, ImportError) as error:
-        if args.traceback or not _ours(error):
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        # What the operating system says of a file or a folder is the user's to mend, wherever it was said.
+        if args.traceback or not (_ours(error) or isinstance(error, PermissionError | NotADirectoryError)):
             raise
         _complain(f"error: {error}")
         return 2

@@ -85,7 +85,9 @@ def _read_file(path: Path) -> Any:
             csv = require("pyarrow.csv", "demo", "reading csv")
             delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
             parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-            return csv.read_csv(path, parse_options=parse)
+            # An empty cell is a missing value, not a text or a class of its own.
+            convert = csv.ConvertOptions(strings_can_be_null=True)
+            return csv.read_csv(path, parse_options=parse, convert_options=convert)
         json = require("pyarrow.json", "demo", "reading jsonl")
         # One block: a row must not be cut, and the columns' types are inferred from the first block only.
         return json.read_json(path, read_options=json.ReadOptions(block_size=min(size + 1, 2**31 - 1)))

@@ -24,7 +24,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise MissingExtra(
-            f"{purpose} needs the package {module!r}; install it with: pip install 'igulora[{extra}]'"
+            f"{purpose} needs the package {module!r}; install igulora with its extra {extra!r}, in its folder: pip install '.[{extra}]'"
         ) from None
 
 

@@ -53,6 +53,9 @@ class Outcome:
         return statistics.median(self.seconds) if self.seconds else 0.0
 
 
+_REMEDY = "Lower --lr or --lambda-lr-ratio, set --max-grad-norm, or use --dtype float32"
+
+
 class StopRequest:
     """Ctrl-C as a flag that the loop reads between steps; a second Ctrl-C interrupts at once."""
 
@@ -112,6 +115,7 @@ class Trainer:
         self.stream = BatchStream(len(train_rows), settings.batch_size, settings.seed)
         self.live = sum(self.controller.live_ranks().values())
         self._losses: list[torch.Tensor] = []
+        self._joint: list[bool] = []
         self._bad_evaluations = 0
         self._evaluation_due = False
         self._outcome = Outcome(0, False)
@@ -220,6 +224,7 @@ class Trainer:
                             f"stopped at step {step} of {self.total_steps}; checkpoint in {self._last_checkpoint}"
                         )
                     window_start, window_steps = time.perf_counter(), 0
+        self._check_finite()
         outcome.step = self.step
         return outcome
 
@@ -233,6 +238,7 @@ class Trainer:
             "best": self._outcome.best,
             "best_step": self._outcome.best_step,
         }
+        self._check_finite()
         folder.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(folder, self.model, self.optimizer, self.controller, {"loop": loop, "extra": self._extra})
         self._last_checkpoint = folder
@@ -240,19 +246,39 @@ class Trainer:
             shutil.rmtree(old)
         return folder
 
+    def _check_finite(self) -> None:
+        """Refuse to write weights that an update has ruined: the earlier checkpoints stay the good ones.
+
+        Raises:
+            NonFiniteLoss: a trained parameter is NaN or infinite.
+        """
+        sums = torch.stack([p.detach().sum(dtype=torch.float64) for p in self.trainable])
+        if not bool(torch.isfinite(sums).all()):
+            raise NonFiniteLoss(
+                f"expected finite weights after step {self.step}, got NaN or infinity; {self._kept()}. {_REMEDY}"
+            )
+
+    def _kept(self) -> str:
+        if self._last_checkpoint:
+            return f"the last good checkpoint is kept in {self._last_checkpoint}"
+        return "no checkpoint had been written yet (see --save-every)"
+
     def _train_step(self) -> None:
         settings, accumulated = self.settings, self.settings.accumulation_steps
         factor = schedule_factor(self.step, self.total_steps, settings.warmup, settings.schedule)
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
         total: torch.Tensor | None = None
+        joint = False
         loss_fn: Callable[[Any], torch.Tensor] = lambda batch: self.task.loss(self.model, batch)  # noqa: E731
         for k in range(accumulated):
             rows = [self.train_rows[i] for i in self.stream[self.step * accumulated + k]]
             loss = self.controller.backward(loss_fn, to_device(self.task.collate(rows), self.device)) / accumulated
             total = loss if total is None else total + loss
+            joint = joint or self.controller.last_loss_is_joint
         assert total is not None
         self._losses.append(total)
+        self._joint.append(joint)
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.trainable, settings.max_grad_norm)
         self.optimizer.step()
@@ -262,24 +288,23 @@ class Trainer:
             self.live = sum(self.controller.live_ranks().values())
 
     def _flush_losses(self) -> float:
-        """Mean loss since the last flush: the one place where the loop waits for the device.
+        """Mean training loss since the last flush; waits for the device.
+
+        Steps whose loss counts path rows too (at smaller alpha, so larger) are left out, unless there are no others.
 
         Raises:
             NonFiniteLoss: one of them is NaN or infinite.
         """
         values = torch.stack(self._losses).tolist()
         first = self.step - len(values) + 1
-        self._losses = []
+        joint, self._losses, self._joint = self._joint, [], []
         for offset, value in enumerate(values):
             if value - value != 0.0:  # NaN and infinity alone differ from themselves
-                kept = f"the last good checkpoint is kept in {self._last_checkpoint}" if self._last_checkpoint else (
-                    "no checkpoint had been written yet (see --save-every)"
-                )  # fmt: skip
                 raise NonFiniteLoss(
-                    f"expected a finite loss, got {value} at step {first + offset}; {kept}. Lower --lr or --lambda-lr-ratio, "
-                    "set --max-grad-norm, or use --dtype float32"
+                    f"expected a finite loss, got {value} at step {first + offset}; {self._kept()}. {_REMEDY}"
                 )
-        return sum(values) / len(values)
+        plain = [value for value, is_joint in zip(values, joint, strict=True) if not is_joint] or values
+        return sum(plain) / len(plain)
 
     def _evaluate_on_the_way(self, metrics: MetricsFile, progress: Progress) -> None:
         values = self.evaluate()

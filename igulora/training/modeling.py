@@ -34,7 +34,15 @@ def load_causal_lm(name: str, dtype: str) -> Any:
         ValueError: there is no such model, or it is of another kind.
     """
     transformers = require("transformers", "demo", "fine-tuning a transformers model")
-    return _load(transformers.AutoModelForCausalLM, name, dtype)[0]
+    model = _load(transformers.AutoModelForCausalLM, name, dtype)[0]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as encoders
+
+    if model.config.model_type in encoders and not getattr(model.config, "is_decoder", False):
+        raise ValueError(
+            f"expected a causal language model at {name!r} for task causal-lm, got the encoder {type(model).__name__}; "
+            "use --task classification or regression"
+        )
+    return model
 
 
 def load_sequence_model(name: str, dtype: str, classes: Sequence[str] | None, tokenizer: Any) -> tuple[Any, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError("expected --resume or --overwrite, got both; resuming needs what overwriting removes")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder for --output, got the file {folder}")
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(
+            f"expected an --output that can be written, got {folder}: {above} is no folder or is read-only"
+        )
     ours = (folder / RUN_FILE).is_file()
     if resume:
         if not ours or latest_checkpoint(folder) is None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..files import to_json
 from .extras import require
 
 
@@ -17,13 +18,13 @@ class MetricsFile:
         self.path = path
         lines = []
         if resume_at is not None and path.exists():
-            lines = [json.dumps(event) + "\n" for event in read_metrics(path) if event["step"] <= resume_at]
+            lines = [to_json(event) + "\n" for event in read_metrics(path) if event["step"] <= resume_at]
         path.write_text("".join(lines), encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one event; complete on disk when this returns."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            file.write(to_json({"kind": kind, "step": step, **values}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -90,6 +90,7 @@ def finetune(
     """
     started = time.perf_counter()
     check_output(output, resume, overwrite)
+    device = _device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     train, evaluation = read_data(model_name, data, settings)
@@ -108,7 +109,7 @@ def finetune(
     if heads:
         config = IGUConfig(**{**config.to_dict(), "modules_to_save": [*config.modules_to_save, *heads]})
     train_rows, eval_rows = task.encode(train), task.encode(evaluation)
-    model = model.to(_device(settings.device))
+    model = model.to(device)
     adapt(model, config)
     trainer = Trainer(model, task, train_rows, eval_rows, steps, settings, output, console)
     if resume:
@@ -132,10 +133,10 @@ def finetune(
     before_loop = time.perf_counter()
     extra["seconds"] += before_loop - started
     outcome = trainer.run(extra, resumed=resume)
+    save_adapter(model, output, trainer.controller)  # before the evaluation, which may be interrupted
     after = trainer.evaluate() if eval_rows else {}
     if after:
         MetricsFile(output / "metrics.jsonl", outcome.step).write("eval", outcome.step, **after)
-    save_adapter(model, output, trainer.controller)
     ranks = trainer.controller.live_ranks()
     report = Report(
         metric=task.metric,
@@ -258,9 +259,12 @@ def draw(trainer: Trainer, ranks: dict[str, int], config: IGUConfig, output: Pat
 def _device(name: str) -> torch.device:
     if name != "auto":
         try:
+            torch.empty(0, device=name)
             return torch.device(name)
-        except RuntimeError as error:
-            raise ValueError(f"expected a device such as cpu or cuda, got {name!r}") from error
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(
+                f"expected a device of this machine such as cpu or cuda, got {name!r} ({error})"
+            ) from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

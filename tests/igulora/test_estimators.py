@@ -250,7 +250,61 @@ def test_ig_every_scores_every_kth_micro_batch_and_keeps_the_mean() -> None:
         calls = []
         for _ in range(4):
             ctl.backward(lambda b, m=model, c=calls: c.append(len(b["input_ids"])) or m(**b).loss, lm_batch(3, 0))
-        assert calls.count(6) == 4 // every
+        assert calls.count(6) == 4 // every + 1  # once more to check that the loss is a mean
         found.append(ctl.bank.path.clone())
     for other in found[1:]:
         assert_near(other, found[0])
+
+
+def test_discretisation_error_falls_with_the_square_of_the_nodes() -> None:
+    """Theorem 1: O(N^-2). The mean over all of the library's interior nodes is the composite trapezoid."""
+    errors = {}
+    for n in (5, 10, 20):
+        config = igulora.IGUConfig(
+            r=2, target_rank=1, total_steps=1000, estimator="trapezoid", nodes=n, include_f0=True
+        )
+        quadrature, nodes = Quadrature(config), set()
+        while len(nodes) < n - 1:
+            sample = quadrature.sample(1)
+            nodes.add(sample.alphas[0][0])
+        interior, end = sample.factors[0][0], sample.factors[1][0]
+        mean = sum(smooth(a) for a in nodes) / len(nodes)
+        errors[n] = abs(end * smooth(0.0) + interior * mean + sample.endpoint * smooth(1.0) - EXACT)
+    assert 3.8 < errors[5] / errors[10] < 4.2, errors
+    assert 3.8 < errors[10] / errors[20] < 4.2, errors
+
+
+LOSSES = {
+    "sum": lambda out, y: (out - y).square().sum(),
+    "weighted": lambda out, y: ((out - y).square() * y.abs()).sum() / y.abs().sum(),
+    "coupled": lambda out, y: (out - y).square().mean() + out.std(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_is_no_mean_is_refused_for_mixed_batches(name: str) -> None:
+    config = igulora.IGUConfig(r=3, target_rank=2, total_steps=100, window=2, ig_every=1, ig_fraction=0.5)
+    torch.manual_seed(0)
+    model = shaken(igulora.adapt(Regressor().double(), config))
+    ctl = igulora.Controller(model)
+    x, y = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    before = [p.grad.clone() for p, _ in ctl.bank._grad_views]
+    with pytest.raises(ValueError, match="be the mean over their terms .*path_pass="):
+        ctl.backward(lambda b: LOSSES[name](model.head(model.body(b[0])).squeeze(-1), b[1]), (x, y))
+    assert model.training
+    for (param, _), grad in zip(ctl.bank._grad_views, before, strict=True):
+        assert torch.equal(param.grad, grad)
+
+
+def test_only_mixed_micro_batches_have_a_joint_loss() -> None:
+    config = igulora.IGUConfig(r=3, target_rank=2, total_steps=100, window=2, ig_every=2, ig_fraction=0.5)
+    model = shaken(igulora.adapt(tiny_lm(), config))
+    ctl, found = igulora.Controller(model), []
+    for i in range(4):
+        loss = ctl.backward(lambda b: model(**b).loss, lm_batch(4, i))
+        found.append(ctl.last_loss_is_joint)
+        with torch.no_grad():
+            alone = float(model(**lm_batch(4, i)).loss)
+        assert (float(loss) == pytest.approx(alone, rel=1e-6)) is not ctl.last_loss_is_joint
+        ctl.step()
+    assert found == [True, False, True, False]

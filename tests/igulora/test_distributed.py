@@ -1,0 +1,64 @@
+"""Data-parallel processes: different batches, equal scores, masks and weights."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import igulora
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+config = igulora.IGUConfig(r=4, total_steps=24, window=2, ig_every=1, ig_fraction=0.5, **eval(sys.argv[2]))
+igulora.adapt(model, config)
+ctl = igulora.Controller(model)
+replica = DistributedDataParallel(model)
+optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=3e-2))
+generator = torch.Generator().manual_seed(dist.get_rank())
+for _ in range(24):
+    x = torch.randn(6, 6, generator=generator)
+    ctl.backward(lambda x: (replica(x) - x[:, :4]).square().mean(), x)
+    optimizer.step(); ctl.step(); optimizer.zero_grad()
+bank = ctl.bank
+save_file({"weight": bank.weight, "live": bank.live, "mean": ctl.importance.mean}, f"{sys.argv[1]}/{dist.get_rank()}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("options", [{"path_pass": "mixed"}, {"aggregate": "absolute"}, {"estimator": "instantaneous"}])
+def test_two_processes_agree(tmp_path: Path, options: dict[str, str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "train.py").write_text(SCRIPT)
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "train.py"), str(tmp_path), repr(options)],
+            env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    one, two = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert 0 < one["live"].sum() < one["live"].numel()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
