@@ -1,6 +1,6 @@
 """Three ways to make a step cheaper that were tried on the CPU path, each against what the library does; medians of paired ratios.
 
-    python benchmarks/probes.py                 # about a minute; writes results/<date>-probes-<machine>.json
+    python benchmarks/probes.py                 # about a minute; writes results/probes/<date>.json
 
 grouped: one product for the layers that share an input (q/k/v; gate/up) against one per layer, for S = x Q^T and dQ = dS^T x.
 low-precision buffer: one cast of the flat master buffer per step against casts of P and Q in every forward and backward.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from run import RESULTS, machine_name
+from run import RESULTS, machine, versions
 from torch import Tensor
 
 from igulora.kernels import importance_update
@@ -61,7 +61,9 @@ def grouped(rows: int, features: int, layers: int) -> dict[str, object]:
 
 def low_precision_buffer() -> dict[str, object]:
     """One cast of all masters of the model against two casts of every P and Q."""
-    widths = (576, 576, 576, 192, 576, 192, 576, 576, 576, 1536, 576, 1536, 1536, 576)  # (in, out) of a layer's seven linears
+    # (in, out) of a layer's seven linears
+    shapes = ((576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576))
+    widths = [width for shape in shapes for width in shape]
     flat = torch.randn(LAYERS * RANK * sum(widths))
     views = flat.split([RANK * width for _ in range(LAYERS) for width in widths])
 
@@ -101,10 +103,10 @@ def main() -> None:
     for name, found in results.items():
         print(f"{name}: {found['ratio']:.2f} of {found['reference_ms']:.2f} ms, quartiles {found['quartiles']}")
     date = datetime.date.today().isoformat()
-    path = RESULTS / "probes" / f"{date}-{machine_name()}.json"
-    path.parent.mkdir(exist_ok=True)
-    head = {"date": date, "machine": machine_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    path.write_text(json.dumps({**head, "probes": results}, indent=2) + "\n")
+    head = {"date": date, "machine": machine(), "versions": versions(), "threads": torch.get_num_threads()}
+    path = RESULTS / "probes" / f"{date}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, "probes": results}, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
 
 

@@ -162,6 +162,23 @@ def details(record: dict[str, Any]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def probes_table(root: Path) -> str:
+    """What was tried beside the shipped CPU path, from the newest file of ``probes.py``; empty when there is none."""
+    files = sorted((root / "results" / "probes").glob("*.json"))
+    if not files:
+        return ""
+    record = json.loads(files[-1].read_text(encoding="utf-8"))
+    rows = [
+        [name, f"{p['ratio']:.2f} [{p['quartiles'][0]:.2f}–{p['quartiles'][1]:.2f}]", f"{p['reference_ms']:.2f}"]
+        for name, p in record["probes"].items()
+    ]
+    head = (
+        f"### Tried\n\n{record['date']}, {record['machine']['cpu']}, {record['threads']} threads; `probes.py` says what is compared. "
+        "Medians [quartiles] of paired ratios of times, and the time of what it is compared with.\n"
+    )
+    return f"{head}\n{table(['what', 'ratio', 'compared with, ms'], rows)}"
+
+
 def replace(file: Path, text: str) -> None:
     """Put ``text`` between the markers of ``file``.
 
@@ -189,7 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     file = options.file or (files[-1] if files else None)
     record = json.loads(file.read_text(encoding="utf-8")) if file else None
     replace(options.root / "README.md", setting(record) + "\n" + targets_table(record) if record else NOTHING)
-    replace(options.root / "benchmarks" / "README.md", details(record) if record else NOTHING)
+    replace(
+        options.root / "benchmarks" / "README.md", details(record) + "\n" + probes_table(HERE) if record else NOTHING
+    )
     return 0
 
 
