@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 DEMO = [
     "transformers>=5.0",
     "gguf>=0.17",  # reads the GGUF file of the demo's model
+    "accelerate>=1.0",  # transformers asks for it to do so
     "rich>=13",
     "matplotlib>=3.8",
     "pyarrow>=15",
