@@ -78,7 +78,9 @@ def mean_scores(file: AdapterFile) -> dict[str, float]:
 
 
 def _table(title: str, *headings: str) -> Any:
-    table = require("rich.table", "demo", "the command line").Table(title=title, title_justify="left")
+    rich_table = require("rich.table", "demo", "the command line")
+    # Without vertical lines a Llama's seven modules fit on 80 columns.
+    table = rich_table.Table(title=title, title_justify="left", box=rich_table.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left", overflow="fold")
     return table
@@ -110,7 +112,7 @@ def _print_scores(console: Any, file: AdapterFile, ranks: dict[str, int]) -> Non
         )
         return
     table = _table(
-        "Scores by kind of module", "module", "live", "mean, live", "min, live", "max", "mean, pruned", "mean |λ|, live"
+        "Scores by kind of module", "module", "live", "mean, live", "min, live", "max", "mean, pruned", "mean |λ|"
     )
     kinds: dict[str, list[str]] = {}
     for name in scores:
@@ -121,7 +123,7 @@ def _print_scores(console: Any, file: AdapterFile, ranks: dict[str, int]) -> Non
         sizes = torch.cat([file.modules[name]["lora_E"].abs() for name in names])
         kept, pruned = values[live], values[~live]
         table.add_row(
-            kind,
+            kind.split(".")[-1],
             str(sum(ranks[name] for name in names)),
             *(f"{float(v):.3f}" if n else "–" for v, n in (
                 (kept.mean(), kept.numel()),
