@@ -232,3 +232,38 @@ def test_gradient_clipping_and_checkpointing_run(llama_folder, colours, tmp_path
     )
     assert result.report.before == plain.report.before
     assert result.report.after != plain.report.after
+
+
+def test_an_interrupted_last_evaluation_keeps_the_adapter(llama_folder, colours, tmp_path, monkeypatch):
+    evaluate, calls = Trainer.evaluate, []
+
+    def interrupted(self):
+        calls.append(self.step)
+        if self.step == self.total_steps:
+            raise KeyboardInterrupt
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(llama_folder, colours, tmp_path / "out")
+    assert calls == [0, 24]
+    assert adapter(tmp_path / "out")
+
+
+@pytest.mark.parametrize("ruined_at", [10, 24])
+def test_ruined_weights_are_not_saved(trainer, monkeypatch, tmp_path, ruined_at):
+    """An update can make weights NaN after a finite loss: the checkpoint before it stays the last good one."""
+    made = trainer({"save_every": 5})
+    step = Trainer._train_step
+
+    def ruin(self):
+        step(self)
+        if self.step == ruined_at:
+            with torch.no_grad():
+                find_bank(self.model).weight[0] = float("nan")
+
+    monkeypatch.setattr(Trainer, "_train_step", ruin)
+    good = (ruined_at - 1) // 5 * 5
+    with pytest.raises(NonFiniteLoss, match=rf"finite weights after step {ruined_at}, .*kept in .*step-{good:08d}"):
+        made.run()
+    assert checkpoints(tmp_path)[-1].name == f"step-{good:08d}"
