@@ -277,10 +277,6 @@ class Bank:
         live = self.live.tolist()
         return {name: int(sum(live[self.starts[i] : self.starts[i + 1]])) for i, name in enumerate(self.names)}
 
-    def layer_of(self, name: str) -> FusedSVDLinear:
-        """The adapted layer called ``name``."""
-        return self.layers[self.names.index(name)]
-
     def matrix_views(self, flat: Tensor) -> dict[tuple[str, str], Tensor]:
         """Views of any buffer with the bank's layout, by (module name, parameter name)."""
         return {(self.names[s.slot], s.name): self._view(flat, s) for s in self.layout.slices}

