@@ -109,3 +109,16 @@ def test_nearest_is_silent_without_a_near_name() -> None:
     assert nearest("qqqq", ["alpha", "beta"]) == ""
     assert nearest("alpa", ["alpha", "beta"]) == " Did you mean 'alpha'?"
     assert nearest(None, []) == ""
+
+
+def test_lora_trains_the_rank_it_is_given() -> None:
+    assert IGUConfig(method="lora", r=8).initial_rank == 8
+    assert IGUConfig(method="lora", r=8, target_rank=4).initial_rank == 4  # the final budget of the pruning methods
+    assert IGUConfig(r=8, total_steps=1000).target_rank == 4
+
+
+def test_the_papers_estimators_sample_every_micro_batch() -> None:
+    for estimator in ("trapezoid", "on-path", "on-path-stratified"):
+        config = IGUConfig(total_steps=1000, estimator=estimator)
+        assert (config.ig_every, config.ig_fraction) == (1, 1.0)
+    assert IGUConfig(total_steps=1000).ig_every == 6
