@@ -74,9 +74,8 @@ class PathContext:
         """
         if not self.needs_controller or self.unstepped < self.allowed_unstepped or torch.compiler.is_compiling():
             return
-        if (
-            torch._C._current_graph_task_id() != -1
-        ):  # inside a backward: activation checkpointing runs the forward again
+        # Inside a backward pass activation checkpointing runs the forward again.
+        if torch._C._current_graph_task_id() != -1:
             return
         if not self.controlled:
             raise ValueError(

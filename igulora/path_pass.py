@@ -187,7 +187,6 @@ class PathPasses:
 
         Compares the joint loss with those of its parts, in evaluation mode; a loss that draws random numbers cannot be compared.
         """
-        self._mean_checked = True
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         try:
@@ -198,11 +197,11 @@ class PathPasses:
             for module in training:
                 module.training = True
         total, sampled_total = terms.sum(), path_terms.sum()
-        expected = (total * _checked(train) + sampled_total * _checked(sampled)) / (total + sampled_total).clamp_(
-            min=1.0
-        )
+        all_terms = (total + sampled_total).clamp_(min=1.0)
+        expected = (total * _checked(train) + sampled_total * _checked(sampled)) / all_terms
         values = torch.stack([v.to(torch.float64) for v in (train, again, joint, expected)]).tolist()
         if values[0] != values[1] or abs(values[2] - values[3]) <= _MEAN_TOLERANCE * max(abs(values[3]), 1e-6):
+            self._mean_checked = True  # not before: a caller who goes on after the error meets it again
             return
         raise ValueError(
             f"expected the loss of training and path rows together to be the mean over their terms ({values[3]:.6g}), got {values[2]:.6g}: "
