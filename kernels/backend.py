@@ -1,0 +1,113 @@
+"""Which implementation of an operator runs: the Triton kernels in ``fused/`` or the PyTorch reference.
+
+On a CUDA device the kernels run where they can; elsewhere, and where they cannot, the reference does, after one warning that names the
+reason. ``IGULORA_BACKEND=triton`` or ``=reference`` forces one of them for a whole process, :func:`use_backend` for a block; a backend
+that was forced and cannot run raises. On a CPU the kernels run under Triton's interpreter (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "reference")
+MAX_RANK = 256
+_MIN_CAPABILITY = (8, 0)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_forced: list[str | None] = []  # innermost use_backend last
+
+
+class ReferenceWarning(UserWarning):
+    """The PyTorch reference runs where a Triton kernel was to be expected."""
+
+
+@cache
+def _from_environment() -> str | None:
+    name = os.environ.get("IGULORA_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"expected IGULORA_BACKEND to be one of {', '.join(BACKENDS)} or unset, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force ``"triton"`` or ``"reference"`` inside the block; None chooses by device, whatever the environment says.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"expected a backend of {', '.join(BACKENDS)} or None, got {name!r}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels instead of compiling them."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def _missing(device: torch.device) -> str | None:
+    """Why no kernel can run on a device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < _MIN_CAPABILITY:
+            return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, below 8.0"
+        return None
+    if device.type == "cpu":
+        return None if interpreting() else "tensors lie on a CPU, where Triton kernels run only with TRITON_INTERPRET=1"
+    return f"tensors lie on a device of type {device.type!r}"
+
+
+def _reason(like: Tensor, rank: int) -> str | None:
+    missing = _missing(like.device)
+    if missing is not None:
+        return missing
+    if like.dtype not in _DTYPES:
+        return f"the dtype is {like.dtype}, not bfloat16, float16 or float32"
+    if like.dtype == torch.bfloat16 and interpreting():
+        return "Triton's interpreter computes products of bfloat16 wrongly"
+    if rank > MAX_RANK:
+        return f"the rank is {rank}, above {MAX_RANK}"
+    return None
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"igulora runs the PyTorch reference instead of a Triton kernel: {reason}", ReferenceWarning, stacklevel=4
+    )
+
+
+def runs_fused(like: Tensor, rank: int = 0) -> bool:
+    """Whether an operator on tensors of this device and dtype, and of this rank, runs as a Triton kernel.
+
+    Raises:
+        ValueError: kernels were asked for by name and cannot run.
+    """
+    forced = _forced[-1] if _forced else _from_environment()
+    if forced == "reference" or (forced is None and like.device.type == "cpu" and not interpreting()):
+        return False
+    reason = _reason(like, rank)
+    if reason is None:
+        return True
+    if forced == "triton":
+        raise ValueError(
+            f"expected to run Triton kernels (backend 'triton' was asked for), got a case they cannot run: {reason}; "
+            "unset IGULORA_BACKEND to let the reference take such cases"
+        )
+    _warn_once(reason)
+    return False

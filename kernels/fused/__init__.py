@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, imported when the first operator runs on a device that can use them."""

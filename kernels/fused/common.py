@@ -1,0 +1,76 @@
+"""What all launchers share: rank buckets, architecture families, and the record of a shipped configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+# Pointer types of Triton signatures.
+TYPE_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+# Largest shared memory of one program in bytes, by architecture family; a family is named by its first compute capability.
+SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}
+_RANK_MULTIPLE = 16
+
+
+def block_rank(rank: int) -> int:
+    """The bucket a rank falls into: its tile's size, a power of two of at least 16."""
+    return max(_RANK_MULTIPLE, 1 << (rank - 1).bit_length()) if rank > 0 else _RANK_MULTIPLE
+
+
+def padded_rank(rank: int) -> int:
+    """Columns of buffers indexed by row and triplet: a multiple of 16, so that accesses stay 16 bytes wide at any rank."""
+    return (rank + _RANK_MULTIPLE - 1) // _RANK_MULTIPLE * _RANK_MULTIPLE
+
+
+def cdiv(a: int, b: int) -> int:
+    """Quotient rounded up."""
+    return -(-a // b)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; a small number under the interpreter, so that work is split there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@cache
+def family(device: torch.device) -> str:
+    """Architecture family of a device (a key of :data:`SHARED_MEMORY`); one unknown to us counts as the smallest."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "sm_86"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_86"
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120" if major == 12 else "sm_86")
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A kernel in one configuration we ship, in the terms of ``triton.compiler.ASTSource``: what the compile report compiles.
+
+    Attributes:
+        label: names kernel and configuration in the report.
+        kernel: the ``triton.jit`` function.
+        types: type of every argument that is no constant: ``"*bf16"``, ``"*fp32"``, ``"i32"`` ... Pointers, and integers that the
+            kernel specialises on, are taken to be multiples of 16, as they are for aligned inputs.
+        constants: values of the constexpr arguments, and of strides that are 1.
+        dots: whether it computes matrix products, which must run on tensor cores.
+    """
+
+    label: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    dots: bool = True
