@@ -1,13 +1,16 @@
-# make demo | test | bench | lint. Uses the active virtual environment, or makes .venv; installs only when something changed.
+# make demo | test | bench | lint | compile-report. Uses the active virtual environment, or makes .venv; installs only when something changed.
 PYTHON ?= python3
-VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+# TRITON=3.6.0 is for compile-report: an environment of its own with that release, whatever torch asks for.
+TRITON ?=
+VENV := $(if $(TRITON),$(CURDIR)/.venv-triton-$(TRITON),$(or $(VIRTUAL_ENV),$(CURDIR)/.venv))
 BIN := $(VENV)/bin
 ARGS ?=
 
 # --no-compile: byte-compiling thousands of files that are never imported would take longer than the rest of the install.
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile
+PIP := $(INSTALL) -c constraints.txt
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint compile-report clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.igulora-demo
@@ -18,6 +21,10 @@ test: $(VENV)/.igulora-test
 
 bench: $(VENV)/.igulora-bench
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+compile-report: $(VENV)/.igulora-compile
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_report.py --check --keep $(ARGS)
+	$(BIN)/python benchmarks/render_compiled.py
 
 lint: $(VENV)/.igulora-lint
 	$(BIN)/ruff check .
@@ -34,5 +41,13 @@ $(VENV)/.igulora-%: setup.py constraints.txt requirements-data.txt | $(BIN)/pyth
 	@$(PIP) --no-deps --requirement requirements-data.txt
 	@touch $@
 
+# Triton goes in last and alone: a CUDA build of torch asks for the one release it was built with.
+$(VENV)/.igulora-compile: setup.py constraints.txt | $(BIN)/python
+	@echo "installing igulora and Triton $(TRITON) into $(VENV)"
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable .
+	@$(if $(TRITON),$(INSTALL) --no-deps triton==$(TRITON))
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -65,6 +65,7 @@ class Specimen:
             kernel specialises on, are taken to be multiples of 16, as they are for aligned inputs.
         constants: values of the constexpr arguments, and of strides that are 1.
         dots: whether it computes matrix products, which must run on tensor cores.
+        narrow_loads, narrow_stores: why most of its accesses are narrower than 16 bytes on aligned inputs, where they must be.
     """
 
     label: str
@@ -74,3 +75,5 @@ class Specimen:
     num_warps: int = 4
     num_stages: int = 3
     dots: bool = True
+    narrow_loads: str = ""
+    narrow_stores: str = ""

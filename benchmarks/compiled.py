@@ -1,0 +1,256 @@
+"""What the compiler makes of a kernel, without a device: registers, memory, tensor-core instructions, widths of global accesses.
+
+:func:`compile_specimen` compiles for one architecture and reads the PTX (or AMD assembly), Triton's own IR, and what ``cuobjdump`` says of
+the binary; :func:`breaches` holds the result against what every kernel of ours must satisfy.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from assembly import (
+    WIDE,
+    accesses,
+    accesses_amd,
+    atomics,
+    narrow_lines,
+    scalar_dots,
+    tensor_instructions,
+    tensor_instructions_amd,
+    widest,
+    width_bytes,
+)
+
+from igulora.kernels.fused.common import SHARED_MEMORY, Specimen
+
+_FILES = 4  # register files of a multiprocessor; each serves the warps of one scheduler
+_UNIT = 8  # registers per thread come in multiples of this
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Limits of one multiprocessor (CUDA programming guide, technical specifications by compute capability; AMD's CDNA 3 guide).
+
+    Attributes:
+        warps, programs: how many may be resident.
+        shared: bytes of shared memory for all of them, of which each takes ``reserved`` beyond what it asks for.
+        tensor_columns: columns of tensor memory.
+        family: what a kernel's ``specimens`` is asked for.
+    """
+
+    warps: int
+    programs: int
+    shared: int
+    family: str
+    registers: int = 65_536
+    reserved: int = 1024
+    warp_size: int = 32
+    tensor_columns: int = 0
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(64, 32, 167_936, "sm_80"),
+    "sm_86": Architecture(48, 16, 102_400, "sm_86"),
+    "sm_90": Architecture(64, 32, 233_472, "sm_90"),
+    "sm_100": Architecture(64, 32, 233_472, "sm_100", tensor_columns=512),
+    "sm_120": Architecture(48, 24, 102_400, "sm_120"),
+    "gfx942": Architecture(32, 16, 65_536, "sm_86", registers=131_072, reserved=0, warp_size=64),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One specimen on one architecture.
+
+    Attributes:
+        registers: per thread.
+        stack: bytes per thread that went to memory: spills and arrays.
+        shared: bytes per program, asked for at the launch and static together.
+        tensor: number of tensor-core instructions in the code, by instruction and operand type.
+        scalar_dots: products that were left to ordinary arithmetic.
+        loads, stores: number of global accesses in the code by width in bytes, or ``"tma"``.
+        narrow: source lines that move a tile large enough for 16 bytes per thread in narrower accesses, and say no reason.
+        atomics: number of atomic global accesses in the code.
+        occupancy: upper bound of resident warps, percent of the architecture's; ``bound`` is what sets it.
+        seconds: what compiling took.
+    """
+
+    kernel: str
+    label: str
+    arch: str
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    shared: int
+    tensor: dict[str, int]
+    scalar_dots: int
+    loads: dict[str, int]
+    stores: dict[str, int]
+    narrow: list[str]
+    atomics: int
+    occupancy: float
+    bound: str
+    seconds: float = field(compare=False, default=0.0)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def occupancy(arch: str, registers: int, shared: int, warps: int, tensor_columns: int = 0) -> tuple[float, str]:
+    """Upper bound of resident warps in percent, and the resource that sets it.
+
+    Args:
+        arch: a key of :data:`ARCHITECTURES`.
+        registers: per thread.
+        shared: bytes per program.
+        warps: per program.
+        tensor_columns: columns of tensor memory per program.
+    """
+    a = ARCHITECTURES[arch]
+    per_warp = max(_up(registers, _UNIT), _UNIT) * a.warp_size
+    limits = {"warps": a.warps // warps, "programs": a.programs}
+    # A program's warps spread over the register files evenly, so that a lone warp blocks as much as four.
+    limits["registers"] = a.registers // _FILES // per_warp * _FILES // _up(warps, _FILES)
+    if shared + a.reserved:
+        limits["shared memory"] = a.shared // (_up(shared, 128) + a.reserved)
+    if tensor_columns and a.tensor_columns:
+        limits["tensor memory"] = a.tensor_columns // tensor_columns
+    bound = min(limits, key=lambda name: limits[name])
+    return 100 * limits[bound] * warps / a.warps, bound
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL of a binary with one kernel, from the ``cuobjdump`` that comes with Triton."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def _of_nvidia(compiled: Any, arch: str) -> dict[str, Any]:
+    ptx, resources = compiled.asm["ptx"], _resources(compiled.asm["cubin"])
+    loads, stores = accesses(ptx)
+    # From sm_90 on the binary's static part includes what the system reserves.
+    static = max(resources["SHARED"] - ARCHITECTURES[arch].reserved, 0) if int(arch[3:]) >= 90 else resources["SHARED"]
+    return {
+        "registers": resources["REG"],
+        "stack": max(resources["STACK"], resources["LOCAL"]),
+        "shared": compiled.metadata.shared + static,
+        "tensor": dict(sorted(tensor_instructions(ptx).items())),
+        "loads": loads,
+        "stores": stores,
+        "atomics": atomics(ptx),
+    }
+
+
+def _of_amd(compiled: Any, arch: str) -> dict[str, Any]:
+    assembly = compiled.asm["amdgcn"]
+    loads, stores = accesses_amd(assembly)
+    counts = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly)}
+    return {
+        "registers": counts["vgpr_count"],
+        "stack": counts["private_segment_fixed_size"],
+        "shared": compiled.metadata.shared,
+        "tensor": dict(sorted(tensor_instructions_amd(assembly).items())),
+        "loads": loads,
+        "stores": stores,
+        "atomics": atomics(assembly),
+    }
+
+
+def source(specimen: Specimen) -> Any:
+    """The specimen as Triton's compiler takes it.
+
+    Raises:
+        ValueError: the specimen and the kernel disagree about the arguments.
+    """
+    from triton.compiler import ASTSource
+
+    kernel = specimen.kernel
+    given = [*specimen.types, *specimen.constants]
+    if sorted(given) != sorted(kernel.arg_names):
+        raise ValueError(
+            f"expected specimen {specimen.label!r} to give each argument of its kernel once, as type or as constant: "
+            f"{', '.join(sorted(kernel.arg_names))}; got {', '.join(sorted(given))}"
+        )
+    signature = {name: specimen.types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {}
+    for i, parameter in enumerate(kernel.params):
+        kind = signature[parameter.name]
+        fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        if kind.startswith("*") or (kind in ("i32", "i64", "u32", "u64") and not fixed):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    constants = {(kernel.arg_names.index(name),): value for name, value in specimen.constants.items()}
+    return ASTSource(kernel, signature, constants, aligned)
+
+
+def compile_specimen(specimen: Specimen, arch: str) -> Row:
+    """Compile for an architecture (a key of :data:`ARCHITECTURES`) and read the result.
+
+    Raises:
+        Exception: whatever the compiler raises. It may also end the process: Triton's wheels check their invariants.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+    started = time.perf_counter()
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
+    compiled = triton.compile(source(specimen), target=target, options=options)
+    seconds = time.perf_counter() - started
+    read: Callable[[Any, str], dict[str, Any]] = _of_amd if amd else _of_nvidia
+    found = read(compiled, arch)
+    warps = compiled.metadata.num_warps  # warp specialisation adds some
+    columns = getattr(compiled.metadata, "tmem_size", 0) or 0
+    percent, bound = occupancy(arch, found["registers"], found["shared"], warps, columns)
+    for side in ("loads", "stores"):
+        found[side] = dict(sorted(found[side].items(), key=lambda item: -width_bytes(item[0])))
+    return Row(
+        kernel=specimen.kernel.__name__,
+        label=specimen.label,
+        arch=arch,
+        warps=warps,
+        stages=specimen.num_stages,
+        scalar_dots=scalar_dots(compiled.asm["ttgir"]),
+        narrow=[] if amd else narrow_lines(compiled.asm["ttir"], compiled.asm["ptx"], 32 * specimen.num_warps),
+        occupancy=round(percent, 1),
+        bound=bound,
+        seconds=round(seconds, 2),
+        **found,
+    )
+
+
+def breaches(row: Row, specimen: Specimen) -> list[str]:
+    """What a kernel of ours must satisfy and this one does not, in words."""
+    found = []
+    limit = SHARED_MEMORY[ARCHITECTURES[row.arch].family]
+    if row.stack:
+        found.append(f"{row.stack} bytes of stack per thread")
+    if row.shared > limit:
+        found.append(f"{row.shared} bytes of shared memory, the limit is {limit}")
+    if specimen.dots and not row.tensor:
+        found.append("no tensor-core instruction")
+    if specimen.dots and row.scalar_dots:
+        found.append(f"{row.scalar_dots} products not on tensor cores")
+    if row.atomics:
+        found.append(f"{row.atomics} atomic accesses")
+    sides = (("load", row.loads, specimen.narrow_loads), ("store", row.stores, specimen.narrow_stores))
+    for what, counts, excuse in sides:
+        if not excuse and counts and widest(counts) < WIDE:
+            found.append(f"widest {what} of {widest(counts)} bytes, expected {WIDE}")
+        if not excuse:
+            found += [line for line in row.narrow if line.startswith(what)]
+    return found
