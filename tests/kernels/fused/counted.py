@@ -35,7 +35,8 @@ class _Accesses:
         """One access: the handles of its pointers and of its mask (Triton 3.6 and 3.7 pass a descriptor's mask as an array)."""
         mask = mask if isinstance(mask, np.ndarray) else mask.data
         itemsize = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
-        wanted = ptrs.data[np.broadcast_to(mask, ptrs.data.shape)]
+        # A mask made with & from a scalar condition holds integers.
+        wanted = ptrs.data[np.broadcast_to(mask, ptrs.data.shape).astype(bool)]
         self.requested += wanted.size * itemsize
         self._addresses.setdefault(itemsize, []).append(np.unique(wanted))
 
