@@ -6,7 +6,9 @@ holds ``|w| * |gradient|`` means), then ``mean <- beta1 mean + (1 - beta1) y``, 
 and written once. If any element of T is not finite, no state changes (a skipped step of a GradScaler). Fixed-order sums.
 
 ``regions`` is a flat list of (offset, rows, length) triples: ``rows`` consecutive rows of ``length`` elements starting at ``offset``.
-Rows of one length are stored together, so that a pass over a region is a pass over a matrix.
+Rows of one length are stored together, so that a pass over a region is a pass over a matrix: that is how the reference walks. The kernels
+of ``fused/importance.py`` walk the same rows by a table on the device, one (offset, length, column) per row, the column being where in the
+result the row's means go (:func:`row_table`). A caller that keeps the table spares each update a copy to the device.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from .backend import runs_fused
 
 COMBINES = ("snr", "snr-release", "product", "mean")
 # Elements per chunk on CPU: five float32 streams of a chunk stay in the last-level cache of one core.
@@ -41,8 +45,27 @@ def _combined(mean: Tensor, deviation: Tensor, eps: float, combine: str) -> Tens
     return numerator / (deviation + eps)
 
 
-@torch.library.custom_op("igulora::importance_update", mutates_args=("mean", "deviation"))
-def _importance_update(
+def row_table(regions: list[int], slots: Tensor | None = None) -> Tensor:
+    """(rows, 3) int64: offset, length and result column of every row, in the order of the regions.
+
+    Args:
+        regions: (offset, rows, length) triples, flattened.
+        slots: int64 (rows,), the column of each row; the rows' own order by default. The table lies on its device, or on the CPU.
+    """
+    device = torch.device("cpu") if slots is None else slots.device
+    table = torch.tensor(
+        [
+            (o + i * length, length)
+            for o, n, length in zip(*(regions[k::3] for k in range(3)), strict=True)
+            for i in range(n)
+        ],
+        dtype=torch.int64,
+    ).reshape(-1, 2)
+    columns = torch.arange(len(table)) if slots is None else slots
+    return torch.column_stack((table.to(device), columns))
+
+
+def _reference(
     weight: Tensor,
     path: Tensor,
     mean: Tensor,
@@ -54,8 +77,9 @@ def _importance_update(
     combine: str,
     absolute: bool,
     slots: Tensor | None,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reference. Returns row statistics (4, rows) = row means of score, y, mean, deviation, and the () flag "T was finite"."""
+    """Returns row statistics (4, rows) = row means of score, y, mean, deviation, and the () flag "T was finite"."""
     chunks = list(_chunks(regions, weight.device))
     total = sum(regions[1::3])
     # A sum is finite unless a term is not (or float32 overflows, which a gradient must not do either).
@@ -78,9 +102,25 @@ def _importance_update(
     return stats, finite
 
 
+_importance_update = torch.library.custom_op("igulora::importance_update", mutates_args=("mean", "deviation"))(
+    _reference
+)
+
+
 @_importance_update.register_fake
-def _(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, slots):
+def _(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, slots, table=None):
     return weight.new_empty((4, sum(regions[1::3]))), torch.empty((), dtype=torch.bool, device=weight.device)
+
+
+@_importance_update.register_kernel(("cpu", "cuda"))
+def _dispatch(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, slots, table=None):
+    if not runs_fused(weight):
+        return _reference(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, slots)
+    from .fused.importance import launch_importance  # Triton takes half a second to import
+
+    if table is None:
+        table = row_table(regions, slots).to(weight.device)
+    return launch_importance(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, table)
 
 
 def importance_update(
@@ -96,6 +136,7 @@ def importance_update(
     combine: str = "snr",
     absolute: bool = False,
     slots: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Update mean and deviation in place from the path gradient and return what each row scores.
 
@@ -106,17 +147,28 @@ def importance_update(
         combine: "snr" mean/(deviation + eps), "snr-release" (mean + eps)/(deviation + eps), "product" mean*deviation, "mean".
         absolute: the path buffer already holds means of |w| |gradient| (Eq. 7): y = |T|.
         slots: int64 (rows,), a permutation: the column of the result that each row writes to; the rows' own order by default.
+        table: what :func:`row_table` makes of ``regions`` and ``slots``, on the device of the buffers; it says the slots, too. Without
+            it kernels have to make it, which waits for a copy to the device.
 
     Returns:
         stats float32 (4, rows): row means of score, y, mean, deviation, rows numbered in the order of the regions or by ``slots``; and
         a () bool tensor, False when T held a non-finite value and nothing was updated.
 
     Raises:
-        ValueError: unknown ``combine`` or buffers of different lengths.
+        ValueError: unknown ``combine``, buffers of different lengths, a table of other rows, or slots beside a table.
     """
     if combine not in COMBINES:
         raise ValueError(f"expected combine in {COMBINES}, got {combine!r}")
     if not weight.shape == path.shape == mean.shape == deviation.shape or weight.ndim != 1:
         shapes = [tuple(t.shape) for t in (weight, path, mean, deviation)]
         raise ValueError(f"expected four flat buffers of one length, got shapes {shapes}")
-    return _importance_update(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, slots)
+    if table is not None:
+        rows = sum(regions[1::3])
+        if table.shape != (rows, 3) or table.dtype != torch.int64:
+            raise ValueError(f"expected a table of shape ({rows}, 3), int64, got {tuple(table.shape)}, {table.dtype}")
+        if slots is not None:
+            raise ValueError("expected slots or a table, which names the slots in its last column; got both")
+        slots = table[:, 2]
+    return _importance_update(
+        weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, slots, table
+    )
