@@ -148,7 +148,7 @@ class Bank:
         else:
             self._live = self.mask.clone()
         path, self._path = self._path, None
-        self.context.leaves = []
+        self.context.accumulators = []
         if path is not None and path.numel() == self.layout.size:
             self.path.copy_(path)
         self._watch_backward()
@@ -235,19 +235,17 @@ class Bank:
 
     @property
     def path(self) -> Tensor:
-        """The path accumulator T, flat (size,); made, with the leaves that feed it, when first asked for."""
+        """The path accumulator T, flat (size,); made, with the views that the layers add to, when first asked for."""
         if self._path is None:
             self._path = torch.zeros_like(self.weight)
-            leaves: list[dict[str, Tensor]] = [{} for _ in self.layers]
+            views: list[dict[str, Tensor]] = [{} for _ in self.layers]
             for s in self.layout.slices:
-                leaf = self._view(self.weight, s).detach().requires_grad_()
-                leaf.grad = self._view(self._path, s)
-                leaves[s.slot][s.name] = leaf
+                views[s.slot][s.name] = self._view(self._path, s)
             for slot, layer in enumerate(self.layers):
                 for name in ("lora_P", "lora_Q"):
-                    if name not in leaves[slot]:  # rank 0 has no rows in the buffers
-                        leaves[slot][name] = getattr(layer, name).detach().requires_grad_()
-            self.context.leaves = [(leaf["lora_P"], leaf["lora_E"], leaf["lora_Q"]) for leaf in leaves]
+                    if name not in views[slot]:  # rank 0 has no rows in the buffers
+                        views[slot][name] = torch.zeros_like(getattr(layer, name))
+            self.context.accumulators = [(view["lora_P"], view["lora_E"], view["lora_Q"]) for view in views]
         return self._path
 
     @property

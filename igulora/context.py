@@ -23,7 +23,7 @@ class PathContext:
         path_weight: (n,) weights of the path rows' gradients, or None.
         train_groups: how many leading sequences train the adapters; None for all.
         path_start: first sequence whose gradient goes to the path accumulator; None for none.
-        leaves: per layer slot the (P, E, Q) leaves whose ``.grad`` is the path accumulator.
+        accumulators: per layer slot the views for P, E and Q of the path accumulator, which path rows' gradients are added to.
         epoch: raised whenever parameters may have left the bank's buffers (``.to``, ``load_state_dict``, copies).
     """
 
@@ -31,7 +31,7 @@ class PathContext:
     path_weight: Tensor | None = None
     train_groups: int | None = None
     path_start: int | None = None
-    leaves: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    accumulators: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     epoch: int = 0
     enabled: bool = True
     needs_controller: bool = False
@@ -40,7 +40,7 @@ class PathContext:
     allowed_unstepped: int = _FREE_PASSES
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry no pass in flight and no controller; the bank rebuilds the leaves."""
+        """Copies and pickles carry no pass in flight and no controller; the bank rebuilds the accumulators."""
         return {"epoch": self.epoch + 1, "enabled": self.enabled, "needs_controller": self.needs_controller}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

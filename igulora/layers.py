@@ -149,18 +149,22 @@ class FusedSVDLinear(nn.Module):
         seed = None
         if self.training and self.dropout > 0.0:
             seed = torch.randint(_SEED_RANGE, (), dtype=torch.int64, device=x.device)
+        path = None if context.path_start is None else context.accumulators[self.slot]
         factors: tuple[Tensor, Tensor, Tensor] = (self.lora_P, self.lora_E, self.lora_Q)
-        alpha = self.mask.new_ones(()) if context.alpha is None else context.alpha
-        path = None if context.path_start is None else context.leaves[self.slot]
-        if context.train_groups == 0:  # a pure path pass produces no parameter gradient
-            factors = (self.lora_P.detach(), self.lora_E.detach(), self.lora_Q.detach())
+        if context.train_groups == 0:
+            # A pure path pass leaves the parameters out of the graph (data-parallel wrappers count on them), but wants a backward.
+            factors = (
+                self.lora_P.detach().requires_grad_(torch.is_grad_enabled()),
+                self.lora_E.detach(),
+                self.lora_Q.detach(),
+            )
         return svd_linear(
             x,
             self.base_layer.weight,
             self.base_layer.bias,
             *factors,
             self.mask,
-            alpha,
+            context.alpha,
             scale=self.scale,
             dropout_p=self.dropout,
             seed=seed,
@@ -224,7 +228,7 @@ class FusedSVDLinear(nn.Module):
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedSVDLinear:
-        """Parameters are copied one by one, so that ``memo`` maps them; the context (and with it the path leaves) starts fresh."""
+        """Parameters are copied one by one, so that ``memo`` maps them; the context (and with it the path accumulators) starts fresh."""
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         for key, value in self.__dict__.items():

@@ -286,7 +286,7 @@ class PathPasses:
         """``{"tensors", "meta"}``: generator, nodes still planned, and the sums of an unfinished window."""
         quadrature = self.quadrature.state_dict()
         tensors: dict[str, Tensor] = {"generator": quadrature.pop("generator")}
-        if self.in_window and self.bank.context.leaves:
+        if self.in_window and self.bank.context.accumulators:
             tensors["path"] = self.bank.path
         if self.in_window and self.absolute is not None:
             tensors["absolute"] = self.absolute

@@ -77,3 +77,40 @@ class Specimen:
     dots: bool = True
     narrow_loads: str = ""
     narrow_stores: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile sizes and launch options of one kernel; sizes it has no use for stay 0."""
+
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    GROUP_M: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def blocks(self, *names: str) -> dict[str, int]:
+        """The named sizes and the launch options, as keyword arguments of a launch."""
+        sizes = {name: getattr(self, name) for name in names}
+        return {**sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def specimen(
+        self, label: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], dots: bool = True
+    ) -> Specimen:
+        """A kernel with these tiles: sizes that the kernel takes are added to its constants."""
+        sizes = {name: getattr(self, name) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+        taken = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+        return Specimen(label, kernel, types, {**taken, **constants}, self.num_warps, self.num_stages, dots)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How products of this dtype run: three TF32 products keep float32's accuracy on tensor cores; 16-bit types ignore it."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def keep_arguments(seed: torch.Tensor | None, dropout_p: float) -> tuple[int, float]:
+    """(threshold, scale) of dropout as kernels take them; a threshold of 0 means none."""
+    if seed is None or dropout_p == 0.0:
+        return 0, 1.0
+    return int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)

@@ -26,8 +26,8 @@ def call(t: dict[str, Tensor], alpha: Tensor, **kwargs: Any) -> Tensor:
     return svd_linear(t["x"], t["weight"], t["bias"], t["P"], t["E"], t["Q"], t["mask"], alpha, **kwargs)
 
 
-def aliases(t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(t[k].detach().requires_grad_() for k in ("P", "E", "Q"))  # type: ignore[return-value]
+def accumulators(t: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.zeros_like(t[k], requires_grad=False) for k in ("P", "E", "Q"))  # type: ignore[return-value]
 
 
 def dy_of(t: dict[str, Tensor]) -> Tensor:
@@ -41,7 +41,7 @@ def test_rows_go_where_they_belong(train: int, start: int, p: float) -> None:
     t = operands()
     alpha = torch.tensor([1.0, 0.5, 0.8, 0.1, 0.0], dtype=torch.float64)
     weight = torch.tensor([2.0, 0.25, -1.0, 3.0, 0.7], dtype=torch.float64)
-    path, dy = aliases(t), dy_of(t)
+    path, dy = accumulators(t), dy_of(t)
     y = call(
         t,
         alpha,
@@ -66,10 +66,12 @@ def test_rows_go_where_they_belong(train: int, start: int, p: float) -> None:
                 sums[name] += alpha[i] * g
             if i >= start:
                 sums["t" + name] += weight[i] * g
-    for name, leaf in zip("PEQ", path, strict=True):
-        torch.testing.assert_close(t[name].grad, sums[name], rtol=1e-11, atol=1e-12)
-        # No path rows, no path gradient; an accumulator would stay as it is.
-        torch.testing.assert_close(leaf.grad, sums["t" + name], rtol=1e-11, atol=1e-12)
+    for name, accumulator in zip("PEQ", path, strict=True):
+        if train:
+            torch.testing.assert_close(t[name].grad, sums[name], rtol=1e-11, atol=1e-12)
+        else:
+            assert t[name].grad is None  # a pure path pass keeps no parameter gradient
+        torch.testing.assert_close(accumulator, sums["t" + name], rtol=1e-11, atol=1e-12)
     # x's gradient is the chain rule's, whatever the rows are for.
     u = operands()
     expected = torch.nn.functional.linear(u["x"], u["weight"], u["bias"]) + alpha.view(-1, 1, 1) * (
@@ -81,28 +83,43 @@ def test_rows_go_where_they_belong(train: int, start: int, p: float) -> None:
     torch.testing.assert_close(t["weight"].grad, u["weight"].grad, rtol=1e-11, atol=1e-12)
 
 
-def test_path_gradients_accumulate_into_the_leaves() -> None:
+def test_path_gradients_are_added_to_the_accumulators() -> None:
     t, alpha = operands(), torch.full((N,), 0.5, dtype=torch.float64)
-    path = aliases(t)
-    for leaf in path:
-        leaf.grad = torch.ones_like(leaf)
-    held = [leaf.grad for leaf in path]
-    call(
-        t, alpha, train_groups=0, path_start=0, path_weight=torch.ones(N, dtype=torch.float64), path=path
-    ).sum().backward()
-    for leaf, before in zip(path, held, strict=True):
-        assert leaf.grad is before
-    assert not torch.equal(held[0], torch.ones_like(held[0]))
+    weight = torch.ones(N, dtype=torch.float64)
+    once, twice = accumulators(t), accumulators(t)
+    for path, passes in ((once, 1), (twice, 2)):
+        for _ in range(passes):
+            y = call(t, alpha, train_groups=0, path_start=0, path_weight=weight, path=path)
+            y.sum().backward()
+    for one, two in zip(once, twice, strict=True):
+        assert torch.count_nonzero(one) > 0
+        torch.testing.assert_close(two, 2 * one, rtol=1e-12, atol=1e-12)
+
+
+def test_accumulators_that_share_one_buffer() -> None:
+    """As in a bank: every layer's views are of one tensor, whose version each layer's backward raises."""
+    t, u = operands(), operands(1)
+    u["weight"] = torch.eye(OUT, dtype=torch.float64)
+    for name in ("Q", "bias"):
+        u[name] = t["P"].detach().clone() if name == "Q" else None
+    flat = torch.zeros(2 * (R * OUT + R) + R * (K + OUT), dtype=torch.float64)
+    sizes = [R * OUT, R, R * K, R * OUT, R, R * OUT]
+    shapes = [(R, OUT), (R,), (R, K), (R, OUT), (R,), (R, OUT)]
+    views = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    alpha = torch.full((N,), 0.5, dtype=torch.float64)
+    rest = {"train_groups": 0, "path_start": 0, "path_weight": torch.ones(N, dtype=torch.float64)}
+    call({**u, "x": call(t, alpha, **rest, path=views[:3])}, alpha, **rest, path=views[3:]).sum().backward()
+    assert all(torch.count_nonzero(view) for view in views)
 
 
 def test_masked_triplets_receive_nothing() -> None:
     t = operands()
-    path = aliases(t)
+    path = accumulators(t)
     alpha = torch.full((N,), 0.5, dtype=torch.float64)
     call(t, alpha, train_groups=N, path_start=0, path_weight=alpha, path=path).sum().backward()
-    for tensor in (t["P"], t["E"], t["Q"], *path):
-        assert torch.count_nonzero(tensor.grad[1]) == 0
-        assert torch.count_nonzero(tensor.grad[0]) > 0
+    for tensor in (t["P"].grad, t["E"].grad, t["Q"].grad, *path):
+        assert torch.count_nonzero(tensor[1]) == 0
+        assert torch.count_nonzero(tensor[0]) > 0
 
 
 # -- dropout ----------------------------------------------------------------------------------------------------------
@@ -196,8 +213,8 @@ ONE = torch.ones((), dtype=torch.float64)
         bad({}, ValueError, "0 <= train_groups <= 1", train_groups=2),
         bad({}, ValueError, "0 <= train_groups <= 1", train_groups=-1),
         bad({}, ValueError, "0 <= path_start <= 1", path_start=2),
-        bad({}, ValueError, "expected path leaves and 1 path weights", path_start=0),
-        bad({}, ValueError, "expected path leaves", path_start=0, path=(ONE, ONE, ONE)),
+        bad({}, ValueError, "expected path accumulators and 1 path weights", path_start=0),
+        bad({}, ValueError, "expected path accumulators", path_start=0, path=(ONE, ONE, ONE)),
         bad({}, ValueError, "0 <= dropout_p < 1", dropout_p=1.0, seed=torch.tensor(1)),
     ],
 )

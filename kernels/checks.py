@@ -1,0 +1,96 @@
+"""What the adapted-layer operators are told: operands that fit together, or an error that says what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rows import group_count
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Path = tuple[Tensor, Tensor, Tensor]
+
+
+def check_input(x: Tensor, in_features: int, groups: int) -> None:
+    """x has a supported dtype, the right features, and the sequences that alpha or the path weights belong to."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(
+            f"expected x in float64, float32, bfloat16 or float16, got {x.dtype}; convert it before the call"
+        )
+    if x.ndim < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"expected x with {in_features} features in its last dimension, got {tuple(x.shape)}")
+    if groups == 0:
+        raise ValueError("expected alpha to hold at least one value, got none")
+    if groups > 1 and (x.ndim < 2 or (x.shape[0] != groups and (x.ndim > 2 or x.shape[0] % groups))):
+        raise ValueError(
+            f"expected x to hold {groups} sequences in its first dimension (one alpha each), got shape {tuple(x.shape)}; "
+            'a model that reorders its batch needs separate path passes: path_pass="separate"'
+        )
+
+
+def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
+    """Operands of the base product share x's dtype."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(
+                f"expected x and {name} in one dtype, got x {x.dtype} and {name} {tensor.dtype}; convert one or use autocast"
+            )
+
+
+def check_masters(out_features: int, in_features: int, P: Tensor, E: Tensor, Q: Tensor, mask: Tensor) -> None:
+    """P, E, Q and mask are those of one rank for an (out, in) layer."""
+    r = P.shape[0]
+    wanted = {"P": (r, out_features), "E": (r,), "Q": (r, in_features), "mask": (r,)}
+    for name, tensor in (("P", P), ("E", E), ("Q", Q), ("mask", mask)):
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(
+                f"expected {name} of shape {wanted[name]} for a layer of {in_features} to {out_features} features and rank {r}, "
+                f"got {tuple(tensor.shape)}"
+            )
+
+
+def check_device(x: Tensor, others: dict[str, Tensor | None]) -> None:
+    """Every operand lies where x does."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"expected every operand on {x.device} like x, got {name} on {tensor.device}; move the model as a whole"
+            )
+
+
+def check_dropout(dropout_p: float) -> None:
+    """A probability."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"expected 0 <= dropout_p < 1, got {dropout_p}")
+
+
+def check_rows(
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    train_groups: int | None,
+    path_start: int | None,
+    has_accumulators: bool,
+) -> tuple[int, int]:
+    """The ranges of training and path rows, defaults filled in: (train_groups, path_start)."""
+    n = group_count(alpha, path_weight)
+    train_groups = n if train_groups is None else train_groups
+    if not 0 <= train_groups <= n:
+        raise ValueError(f"expected 0 <= train_groups <= {n} (the number of alphas), got {train_groups}")
+    path_start = train_groups if path_start is None else path_start
+    if not 0 <= path_start <= n:
+        raise ValueError(f"expected 0 <= path_start <= {n} (the number of alphas), got {path_start}")
+    if path_start < n and (not has_accumulators or path_weight is None or path_weight.numel() != n):
+        raise ValueError(
+            f"expected path accumulators and {n} path weights for path rows (path_start < number of alphas), got none"
+        )
+    return train_groups, path_start
+
+
+def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """x and the base product's other operands in autocast's dtype, where autocast is on."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *others))

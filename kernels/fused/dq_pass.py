@@ -1,0 +1,233 @@
+"""One pass over x for dQ of one to three layers that read it.
+
+Contract. x (M, K) and G_i (M, padded rank), the gradient of S_i without any group's factor, in one dtype of bfloat16, float16, float32;
+``dQ_i = (f G_i)^T dropout(x)`` with f alpha for training rows and the path weight for path rows; float32 accumulation and partial sums,
+one for each split of the rows, to be added up in order by ``sums.py``. One launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..traffic import Traffic
+from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank, processors
+from .project import MEMBERS
+from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
+from .tiles import keep_tile
+
+
+def config(family: str, itemsize: int, BLOCK_R: int, members: int) -> Tile:
+    """Columns of x per program: the float32 accumulators of all members stay within 64 registers a thread."""
+    width = BLOCK_R * members
+    if itemsize == 4:
+        return Tile(BLOCK_M=32, BLOCK_K=64 if width <= 192 else 32, num_warps=8 if width > 64 else 4, num_stages=2)
+    BLOCK_K = 128 if width <= 128 else 64 if width <= 384 else 32
+    stages = 2 if family in ("sm_86", "sm_120") or width > 384 else 3
+    return Tile(
+        BLOCK_M=64 if width <= 384 else 32, BLOCK_K=BLOCK_K, num_warps=8 if width > 32 else 4, num_stages=stages
+    )
+
+
+_UNSPECIALISED = ["M", "R0", "R1", "R2", "rows_per_group", "threshold", *SEGMENT_ARGUMENTS]
+
+
+@triton.jit
+def _member_product(
+    x, g_ptr, rows, end, factor, acc, G_COLS, SCALED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    r = tl.arange(0, BLOCK_R)
+    inside = (rows[:, None] < end) & (r[None, :] < G_COLS)
+    g = tl.load(g_ptr + rows.to(tl.int64)[:, None] * G_COLS + r[None, :], mask=inside, other=0.0)
+    if SCALED:
+        g = (g * factor[:, None]).to(g.dtype)
+    return tl.dot(tl.trans(x), g, acc, input_precision=PRECISION)  # (BLOCK_K, BLOCK_M) @ (BLOCK_M, BLOCK_R)
+
+
+@triton.jit
+def _store_member(part_ptr, split, columns, R, K, acc, BLOCK_R: tl.constexpr):
+    r = tl.arange(0, BLOCK_R)
+    at = part_ptr + (split.to(tl.int64) * R + r)[None, :] * K + columns[:, None]
+    tl.store(at, acc, mask=(columns[:, None] < K) & (r[None, :] < R))
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _dq_pass_kernel(
+    x_ptr,
+    g0_ptr,
+    g1_ptr,
+    g2_ptr,
+    part0_ptr,
+    part1_ptr,
+    part2_ptr,
+    alpha_ptr,
+    weight_ptr,
+    seed_ptr,
+    M,
+    K,
+    R0,
+    R1,
+    R2,
+    G0_COLS,
+    G1_COLS,
+    G2_COLS,
+    stride_xm,
+    rows_per_group,
+    end0,
+    start1,
+    end1,
+    splits0,
+    per_split,
+    threshold,
+    keep_scale,
+    MEMBERS: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    first_column, split = tl.program_id(0) * BLOCK_K, tl.program_id(1)
+    columns = first_column + tl.arange(0, BLOCK_K)
+    first, end = split_rows(split, end0, start1, end1, splits0, per_split)
+    SCALED: tl.constexpr = HAS_ALPHA or HAS_WEIGHT
+    acc0 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    acc1 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    acc2 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for m in range(first, end, BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        at = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + columns[None, :]
+        x = tl.load(at, mask=(rows[:, None] < end) & (columns[None, :] < K), other=0.0)
+        if DROPOUT:
+            keep = keep_tile(seed_ptr, rows, first_column, K, threshold, BLOCK_K)
+            x = tl.where(keep, x * keep_scale, 0.0).to(x.dtype)
+        factor = row_factors(alpha_ptr, weight_ptr, rows, end, rows_per_group, split < splits0, HAS_ALPHA, HAS_WEIGHT)
+        acc0 = _member_product(x, g0_ptr, rows, end, factor, acc0, G0_COLS, SCALED, PRECISION, BLOCK_R)
+        if MEMBERS > 1:
+            acc1 = _member_product(x, g1_ptr, rows, end, factor, acc1, G1_COLS, SCALED, PRECISION, BLOCK_R)
+        if MEMBERS > 2:
+            acc2 = _member_product(x, g2_ptr, rows, end, factor, acc2, G2_COLS, SCALED, PRECISION, BLOCK_R)
+    _store_member(part0_ptr, split, columns, R0, K, acc0, BLOCK_R)
+    if MEMBERS > 1:
+        _store_member(part1_ptr, split, columns, R1, K, acc1, BLOCK_R)
+    if MEMBERS > 2:
+        _store_member(part2_ptr, split, columns, R2, K, acc2, BLOCK_R)
+
+
+def dq_segments(end0: int, start1: int, end1: int, K: int, tile: Tile, device: torch.device) -> Segments:
+    """Splits of the rows of x: about two programs for each processor."""
+    return Segments.of(end0, start1, end1, tile.BLOCK_M, 2 * processors(device) // cdiv(K, tile.BLOCK_K))
+
+
+def launch_dq_pass(
+    x2: Tensor,
+    Gs: list[Tensor],
+    ranks: list[int],
+    parts: list[Tensor],
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    rows_per_group: int,
+    segments: Segments,
+    tile: Tile,
+) -> None:
+    """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first."""
+    M, K = x2.shape
+    members = len(Gs)
+    threshold, keep_scale = keep_arguments(seed, dropout_p)
+
+    def each(values: list) -> list:
+        return [*values, *([values[0]] * (MEMBERS - members))]
+
+    _dq_pass_kernel[(cdiv(K, tile.BLOCK_K), segments.splits)](
+        x2,
+        *each(Gs),
+        *each(parts),
+        alpha,
+        path_weight,
+        seed,
+        M,
+        K,
+        *each(ranks),
+        *each([G.shape[1] for G in Gs]),
+        x2.stride(0),
+        rows_per_group,
+        *segments.numbers,
+        threshold,
+        keep_scale,
+        MEMBERS=members,
+        HAS_ALPHA=alpha is not None,
+        HAS_WEIGHT=path_weight is not None,
+        DROPOUT=threshold > 0,
+        PRECISION=dot_precision(x2.dtype),
+        BLOCK_R=block_rank(max(ranks)),
+        **tile.blocks("BLOCK_M", "BLOCK_K"),
+    )
+
+
+def traffic_dq_pass(
+    K: int,
+    ranks: list[int],
+    itemsize: int,
+    segments: Segments,
+    tile: Tile,
+    *,
+    alpha: bool = False,
+    weight: bool = False,
+    groups: int = 1,
+    seeded: bool = False,
+) -> Traffic:
+    """Of one :func:`launch_dq_pass`."""
+    blocks, columns = cdiv(K, tile.BLOCK_K), sum(padded_rank(r) for r in ranks)
+    rows0, rows1 = segments.end0, segments.end1 - segments.start1
+    rows = rows0 + rows1
+    per_group = segments.end1 // groups
+    # Programs read the seed once for every block of rows.
+    in_blocks = sum(
+        cdiv(min(segments.per_split, count - i * segments.per_split), tile.BLOCK_M)
+        for count, splits in ((rows0, segments.splits0), (rows1, segments.splits1))
+        for i in range(splits)
+    )
+    stored = 4 * segments.splits * sum(ranks) * K
+    distinct = 4 * (cdiv(rows0, per_group) * alpha + cdiv(rows1, per_group) * weight)
+    return Traffic(
+        read=rows * (K + columns) * itemsize + distinct + 8 * seeded,
+        written=stored,
+        loaded=rows * (K + blocks * columns) * itemsize
+        + 4 * blocks * (rows0 * alpha + rows1 * weight)
+        + 8 * seeded * blocks * in_blocks,
+        stored=stored,
+        flops=2 * rows * K * sum(ranks),
+    )
+
+
+def specimens(family: str) -> list[Specimen]:
+    """Every configuration of :func:`launch_dq_pass` on a family: one layer and a full group, ordinary step and mixed batch."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        name = TYPE_NAMES[dtype]
+        for BLOCK_R in (16, 32, 64, 128, 256):
+            for members, mixed in ((1, False), (1, True), (MEMBERS, True)):
+                types = {"x_ptr": f"*{name}", "alpha_ptr": "*fp32", "weight_ptr": "*fp32", "seed_ptr": "*i64"}
+                types |= {f"g{i}_ptr": f"*{name}" for i in range(3)} | {f"part{i}_ptr": "*fp32" for i in range(3)}
+                types |= {f"{kind}": "i32" for i in range(3) for kind in (f"R{i}", f"G{i}_COLS")}
+                types |= dict.fromkeys(
+                    ("M", "K", "stride_xm", "rows_per_group", "threshold", *SEGMENT_ARGUMENTS), "i32"
+                ) | {"keep_scale": "fp32"}
+                constants = {
+                    "MEMBERS": members,
+                    "HAS_ALPHA": mixed,
+                    "HAS_WEIGHT": mixed,
+                    "DROPOUT": False,
+                    "PRECISION": dot_precision(dtype),
+                    "BLOCK_R": BLOCK_R,
+                }
+                label = f"dq pass {name} r{BLOCK_R} x{members}{' mixed' if mixed else ''}"
+                tile = config(family, dtype.itemsize, BLOCK_R, members)
+                found.append(tile.specimen(label, _dq_pass_kernel, types, constants))
+    return found

@@ -1,0 +1,334 @@
+"""One pass over dy for everything the adapter needs of it: the gradient of S, dP and dlambda.
+
+Contract. dy (M, N) and S (M, padded rank) in one dtype of bfloat16, float16, float32; masters float32; accumulation in float32.
+A program owns a block of columns and a split of rows: its columns of P stay on the chip, its share of ``dP = c (f S)^T dy`` in registers;
+of ``dy P^T`` it leaves a partial sum for each row. A second, small launch adds those up: G = c (dy P^T), rounded once, and the partial
+sums of ``dlambda = s m sum f S (dy P^T)``. f is alpha for training rows and the path weight for path rows. The partial sums of dy P^T
+(M x rank x 4 bytes for each block of columns) are written and read at once: they are meant to stay in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..traffic import Traffic
+from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, padded_rank, processors
+from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
+from .tiles import coefficients, group_factor
+
+
+def config(family: str, itemsize: int, BLOCK_R: int) -> Tile:
+    """As many columns as registers allow: each block of columns leaves one set of partial sums."""
+    if itemsize == 4:
+        return Tile(BLOCK_M=32, BLOCK_N=64, num_warps=4 if BLOCK_R <= 64 else 8, num_stages=2)
+    BLOCK_N = 256 if BLOCK_R <= 32 else 128 if BLOCK_R <= 128 else 64
+    stages = 2 if family in ("sm_86", "sm_120") else 3
+    return Tile(BLOCK_M=64 if BLOCK_R <= 128 else 32, BLOCK_N=BLOCK_N, num_warps=8, num_stages=stages)
+
+
+_UNSPECIALISED = ["M", "R", "rows_per_group", *SEGMENT_ARGUMENTS]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _dy_pass_kernel(
+    dy_ptr,
+    s_ptr,
+    p_ptr,
+    e_ptr,
+    mask_ptr,
+    alpha_ptr,
+    weight_ptr,
+    part_ds_ptr,
+    part_dp_ptr,
+    M,
+    N,
+    R,
+    S_COLS,
+    stride_dym,
+    rows_per_group,
+    end0,
+    start1,
+    end1,
+    splits0,
+    per_split,
+    scale,
+    WANT_DS: tl.constexpr,
+    WANT_DP: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    block_n, split = tl.program_id(0), tl.program_id(1)
+    columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    dtype = dy_ptr.dtype.element_ty
+    first, end = split_rows(split, end0, start1, end1, splits0, per_split)
+    at_p = r.to(tl.int64)[None, :] * N + columns[:, None]
+    inside_p = (columns[:, None] < N) & (r[None, :] < R)
+    p = tl.load(p_ptr + at_p, mask=inside_p, other=0.0).to(dtype)
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for m in range(first, end, BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        at = dy_ptr + rows.to(tl.int64)[:, None] * stride_dym + columns[None, :]
+        dy = tl.load(at, mask=(rows[:, None] < end) & (columns[None, :] < N), other=0.0)
+        inside_s = (rows[:, None] < end) & (r[None, :] < S_COLS)
+        if WANT_DS:
+            ds = tl.dot(dy, p, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) @ (BLOCK_N, BLOCK_R)
+            part = part_ds_ptr + (block_n.to(tl.int64) * M + rows)[:, None] * S_COLS + r[None, :]
+            tl.store(part, ds, mask=inside_s)
+        if WANT_DP:
+            s = tl.load(s_ptr + rows.to(tl.int64)[:, None] * S_COLS + r[None, :], mask=inside_s, other=0.0)
+            if HAS_ALPHA or HAS_WEIGHT:
+                factor = row_factors(
+                    alpha_ptr, weight_ptr, rows, end, rows_per_group, split < splits0, HAS_ALPHA, HAS_WEIGHT
+                )
+                s = (s * factor[:, None]).to(dtype)
+            acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M) @ (BLOCK_M, BLOCK_R)
+    if WANT_DP:
+        acc = acc * coefficients(e_ptr, mask_ptr, R, scale, BLOCK_R)[None, :]
+        tl.store(part_dp_ptr + split.to(tl.int64) * R * N + at_p, acc, mask=inside_p)
+
+
+def launch_dy_pass(
+    dy2: Tensor,
+    S: Tensor,
+    P: Tensor,
+    coef: tuple[Tensor, Tensor, float],
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    rows_per_group: int,
+    segments: Segments,
+    part_ds: Tensor | None,
+    part_dp: Tensor | None,
+    tile: Tile,
+) -> None:
+    """Fill the partial sums: ``part_ds`` (blocks of columns, M, padded rank) and ``part_dp`` (splits, r, N), float32, each if given."""
+    M, N = dy2.shape
+    R = P.shape[0]
+    _dy_pass_kernel[(cdiv(N, tile.BLOCK_N), segments.splits)](
+        dy2,
+        S,
+        P,
+        coef[0],
+        coef[1],
+        alpha,
+        path_weight,
+        part_ds,
+        part_dp,
+        M,
+        N,
+        R,
+        S.shape[1],
+        dy2.stride(0),
+        rows_per_group,
+        *segments.numbers,
+        coef[2],
+        WANT_DS=part_ds is not None,
+        WANT_DP=part_dp is not None,
+        HAS_ALPHA=alpha is not None,
+        HAS_WEIGHT=path_weight is not None,
+        PRECISION=dot_precision(dy2.dtype),
+        BLOCK_R=block_rank(R),
+        **tile.blocks("BLOCK_M", "BLOCK_N"),
+    )
+
+
+def dy_segments(end0: int, start1: int, end1: int, N: int, tile: Tile, device: torch.device) -> Segments:
+    """Splits of the rows of dy: one program for each processor."""
+    return Segments.of(end0, start1, end1, tile.BLOCK_M, processors(device) // cdiv(N, tile.BLOCK_N))
+
+
+def _vector_loads(segments: Segments, tile: Tile, *, alpha: bool, weight: bool, groups: int) -> tuple[int, int]:
+    """(distinct, requested) bytes of the group factors in one block of columns."""
+    rows0, rows1 = segments.end0, segments.end1 - segments.start1
+    requested = 4 * (rows0 * alpha + rows1 * weight)
+    per_group = segments.end1 // groups if groups else 1
+    distinct = 4 * (cdiv(rows0, per_group) * alpha + cdiv(rows1, per_group) * weight)
+    return distinct, requested
+
+
+def traffic_dy_pass(
+    M: int,
+    N: int,
+    R: int,
+    itemsize: int,
+    segments: Segments,
+    tile: Tile,
+    *,
+    want_ds: bool = True,
+    want_dp: bool = True,
+    alpha: bool = False,
+    weight: bool = False,
+    groups: int = 1,
+) -> Traffic:
+    """Of one :func:`launch_dy_pass`."""
+    blocks, columns = cdiv(N, tile.BLOCK_N), padded_rank(R)
+    rows = segments.end0 + segments.end1 - segments.start1
+    distinct, requested = _vector_loads(segments, tile, alpha=alpha, weight=weight, groups=groups)
+    vectors = 8 * R * want_dp
+    stored = 4 * (blocks * rows * columns * want_ds + segments.splits * R * N * want_dp)
+    return Traffic(
+        read=rows * N * itemsize + 4 * R * N + vectors + (rows * columns * itemsize + distinct) * want_dp,
+        written=stored,
+        loaded=rows * N * itemsize
+        + segments.splits * (4 * R * N + blocks * vectors)
+        + blocks * (rows * columns * itemsize + requested) * want_dp,
+        stored=stored,
+        flops=2 * rows * N * R * (want_ds + want_dp),
+    )
+
+
+@triton.jit(do_not_specialize=["M", "R", "blocks", "rows_per_group", "train_end", "path_start"])
+def _ds_sum_kernel(
+    part_ptr,
+    s_ptr,
+    e_ptr,
+    mask_ptr,
+    alpha_ptr,
+    weight_ptr,
+    g_ptr,
+    part_de_ptr,
+    M,
+    R,
+    S_COLS,
+    blocks,
+    rows_per_group,
+    train_end,
+    path_start,
+    scale,
+    WANT_DE: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    inside = (rows[:, None] < M) & (r[None, :] < S_COLS)
+    at = rows.to(tl.int64)[:, None] * S_COLS + r[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for block in range(blocks):
+        total += tl.load(part_ptr + tl.cast(block, tl.int64) * M * S_COLS + at, mask=inside, other=0.0)
+    c = coefficients(e_ptr, mask_ptr, R, scale, BLOCK_R)
+    tl.store(g_ptr + at, (total * c[None, :]).to(g_ptr.dtype.element_ty), mask=inside)
+    if WANT_DE:
+        product = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32) * total
+        live = scale * tl.load(mask_ptr + r, mask=r < R, other=0.0)
+        part = part_de_ptr + tl.program_id(0) * S_COLS + r
+        train = tl.where(rows < train_end, 1.0, 0.0)
+        if HAS_ALPHA:
+            train *= group_factor(alpha_ptr, rows, M, rows_per_group)
+        tl.store(part, tl.sum(product * train[:, None], axis=0) * live, mask=r < S_COLS)
+        if HAS_WEIGHT:
+            weight = tl.where(rows >= path_start, group_factor(weight_ptr, rows, M, rows_per_group), 0.0)
+            part += tl.num_programs(0) * S_COLS
+            tl.store(part, tl.sum(product * weight[:, None], axis=0) * live, mask=r < S_COLS)
+
+
+def ds_tile(BLOCK_R: int) -> Tile:
+    """Tile of the small second launch: 4096 numbers."""
+    return Tile(BLOCK_M=4096 // BLOCK_R, num_warps=4, num_stages=2)
+
+
+def launch_ds_sum(
+    part_ds: Tensor,
+    S: Tensor,
+    R: int,
+    coef: tuple[Tensor, Tensor, float],
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    rows_per_group: int,
+    train_end: int,
+    path_start: int,
+    G: Tensor,
+    part_de: Tensor | None,
+) -> None:
+    """Fill G (M, padded rank) and, if given, ``part_de`` (1 or 2, blocks of rows, padded rank): training rows, then path rows."""
+    M, columns = S.shape
+    tile = ds_tile(block_rank(R))
+    _ds_sum_kernel[(cdiv(M, tile.BLOCK_M),)](
+        part_ds,
+        S,
+        coef[0],
+        coef[1],
+        alpha,
+        path_weight,
+        G,
+        part_de,
+        M,
+        R,
+        columns,
+        part_ds.shape[0],
+        rows_per_group,
+        train_end,
+        path_start,
+        coef[2],
+        WANT_DE=part_de is not None,
+        HAS_ALPHA=alpha is not None,
+        HAS_WEIGHT=path_weight is not None,
+        BLOCK_R=block_rank(R),
+        **tile.blocks("BLOCK_M"),
+    )
+
+
+def traffic_ds_sum(
+    M: int,
+    R: int,
+    itemsize: int,
+    blocks: int,
+    *,
+    want_de: bool = True,
+    alpha: bool = False,
+    weight: bool = False,
+    groups: int = 1,
+) -> Traffic:
+    """Of one :func:`launch_ds_sum`; ``blocks`` of columns of dy."""
+    columns, programs = padded_rank(R), cdiv(M, ds_tile(block_rank(R)).BLOCK_M)
+    factors = want_de * (alpha + weight)
+    read = 4 * blocks * M * columns + want_de * M * columns * itemsize
+    stored = M * columns * itemsize + want_de * (1 + weight) * programs * columns * 4
+    return Traffic(
+        read=read + 8 * R + 4 * groups * factors,
+        written=stored,
+        loaded=read + programs * (8 * R + 4 * R * want_de) + 4 * M * factors,
+        stored=stored,
+    )
+
+
+def specimens(family: str) -> list[Specimen]:
+    """Every configuration of both launches on a family: an ordinary step, and a mixed batch."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        name = TYPE_NAMES[dtype]
+        masters = dict.fromkeys(("e_ptr", "mask_ptr", "alpha_ptr", "weight_ptr"), "*fp32")
+        for BLOCK_R in (16, 32, 64, 128, 256):
+            types = {"dy_ptr": f"*{name}", "s_ptr": f"*{name}", "p_ptr": "*fp32", **masters}
+            types |= {"part_ds_ptr": "*fp32", "part_dp_ptr": "*fp32", "scale": "fp32"}
+            types |= dict.fromkeys(("M", "N", "R", "S_COLS", "stride_dym", "rows_per_group", *SEGMENT_ARGUMENTS), "i32")
+            tile = config(family, dtype.itemsize, BLOCK_R)
+            for mixed in (False, True):
+                constants = {
+                    "WANT_DS": True,
+                    "WANT_DP": True,
+                    "HAS_ALPHA": mixed,
+                    "HAS_WEIGHT": mixed,
+                    "PRECISION": dot_precision(dtype),
+                    "BLOCK_R": BLOCK_R,
+                }
+                label = f"dy pass {name} r{BLOCK_R}{' mixed' if mixed else ''}"
+                found.append(tile.specimen(label, _dy_pass_kernel, types, constants))
+            sums = {"part_ptr": "*fp32", "s_ptr": f"*{name}", "g_ptr": f"*{name}", "part_de_ptr": "*fp32", **masters}
+            sums |= dict.fromkeys(
+                ("M", "R", "S_COLS", "blocks", "rows_per_group", "train_end", "path_start"), "i32"
+            ) | {"scale": "fp32"}
+            constants = {"WANT_DE": True, "HAS_ALPHA": True, "HAS_WEIGHT": True, "BLOCK_R": BLOCK_R}
+            found.append(
+                ds_tile(BLOCK_R).specimen(f"ds sum {name} r{BLOCK_R}", _ds_sum_kernel, sums, constants, dots=False)
+            )
+    return found

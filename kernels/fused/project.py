@@ -1,0 +1,231 @@
+"""S = dropout(x) Q^T of one to three layers that read one x, in one pass over x.
+
+Contract. x (M, K) bfloat16, float16 or float32; Q_i (r_i, K) float32 masters, converted in the kernel; accumulation in float32, S_i rounded
+once to x's dtype. Few rows leave processors idle, so that K is split then, the parts summed in their order. Dropout is drawn where x is
+read. One launch, two where K is split.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..traffic import Traffic
+from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank, processors
+from .tiles import keep_tile
+
+MEMBERS = 3  # layers one launch serves
+
+
+def config(family: str, itemsize: int, BLOCK_R: int, members: int) -> Tile:
+    """Tile sizes: the float32 accumulators of all members stay within 64 registers a thread."""
+    width = BLOCK_R * members
+    warps = 4 if width <= 64 else 8
+    BLOCK_M = 64 if width <= 128 else 32 if width <= 384 else 16
+    BLOCK_K = (64 if width <= 256 else 32) // (itemsize // 2)
+    small = family in ("sm_86", "sm_120")
+    return Tile(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, num_warps=warps, num_stages=3 if small or width > 128 else 4)
+
+
+_UNSPECIALISED = ["M", "R0", "R1", "R2", "k_per_split", "threshold"]
+
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _project_kernel(
+    x_ptr,
+    q0_ptr,
+    q1_ptr,
+    q2_ptr,
+    s0_ptr,
+    s1_ptr,
+    s2_ptr,
+    seed_ptr,
+    M,
+    K,
+    R0,
+    R1,
+    R2,
+    S0_COLS,
+    S1_COLS,
+    S2_COLS,
+    stride_xm,
+    k_per_split,
+    threshold,
+    keep_scale,
+    MEMBERS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    r = tl.arange(0, BLOCK_R)
+    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
+    acc0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    first = split * k_per_split
+    for k in range(first, tl.minimum(first + k_per_split, K), BLOCK_K):
+        columns = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows + columns[None, :], mask=(rows[:, None] < M) & (columns[None, :] < K), other=0.0)
+        if DROPOUT:
+            keep = keep_tile(seed_ptr, rows, k, K, threshold, BLOCK_K)
+            x = tl.where(keep, x * keep_scale, 0.0).to(x.dtype)
+        at = r.to(tl.int64)[None, :] * K + columns[:, None]
+        inside = columns[:, None] < K
+        q = tl.load(q0_ptr + at, mask=inside & (r[None, :] < R0), other=0.0).to(x.dtype)
+        acc0 = tl.dot(x, q, acc0, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) @ (BLOCK_K, BLOCK_R)
+        if MEMBERS > 1:
+            q = tl.load(q1_ptr + at, mask=inside & (r[None, :] < R1), other=0.0).to(x.dtype)
+            acc1 = tl.dot(x, q, acc1, input_precision=PRECISION)
+        if MEMBERS > 2:
+            q = tl.load(q2_ptr + at, mask=inside & (r[None, :] < R2), other=0.0).to(x.dtype)
+            acc2 = tl.dot(x, q, acc2, input_precision=PRECISION)
+    out = (split.to(tl.int64) * M + rows)[:, None]
+    live = rows[:, None] < M
+    dtype = s0_ptr.dtype.element_ty
+    tl.store(s0_ptr + out * S0_COLS + r[None, :], acc0.to(dtype), mask=live & (r[None, :] < S0_COLS))
+    if MEMBERS > 1:
+        tl.store(s1_ptr + out * S1_COLS + r[None, :], acc1.to(dtype), mask=live & (r[None, :] < S1_COLS))
+    if MEMBERS > 2:
+        tl.store(s2_ptr + out * S2_COLS + r[None, :], acc2.to(dtype), mask=live & (r[None, :] < S2_COLS))
+
+
+@triton.jit
+def _sum_splits_into(part_ptr, s_ptr, at, numel, splits):
+    total = tl.zeros(at.shape, tl.float32)
+    for split in range(splits):
+        total += tl.load(part_ptr + split * numel + at, mask=at < numel, other=0.0)
+    tl.store(s_ptr + at, total.to(s_ptr.dtype.element_ty), mask=at < numel)
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def _sum_splits_kernel(
+    part0_ptr,
+    part1_ptr,
+    part2_ptr,
+    s0_ptr,
+    s1_ptr,
+    s2_ptr,
+    M,
+    S0_COLS,
+    S1_COLS,
+    S2_COLS,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    member = tl.program_id(1)
+    if member == 0:
+        _sum_splits_into(part0_ptr, s0_ptr, at, M.to(tl.int64) * S0_COLS, splits)
+    if member == 1:
+        _sum_splits_into(part1_ptr, s1_ptr, at, M.to(tl.int64) * S1_COLS, splits)
+    if member == 2:
+        _sum_splits_into(part2_ptr, s2_ptr, at, M.to(tl.int64) * S2_COLS, splits)
+
+
+_SUM_BLOCK = 1024
+
+
+def _splits(M: int, K: int, tile: Tile, device: torch.device) -> tuple[int, int]:
+    """(splits, columns in each): as many as keep all processors busy, none below 8 tiles of K."""
+    wanted = max(processors(device) // cdiv(M, tile.BLOCK_M), 1)
+    tiles = cdiv(K, tile.BLOCK_K)
+    per_split = max(cdiv(tiles, wanted), min(8, tiles)) * tile.BLOCK_K
+    return cdiv(K, per_split), per_split
+
+
+def launch_project(
+    x2: Tensor, Qs: list[Tensor], out: list[Tensor], seed: Tensor | None, dropout_p: float, tile: Tile
+) -> None:
+    """Fill ``out``: (M, padded rank) buffers in x's dtype, one for each of up to three Qs; columns beyond a rank become 0."""
+    M, K = x2.shape
+    ranks = [Q.shape[0] for Q in Qs]
+    device = x2.device
+    splits, per_split = _splits(M, K, tile, device)
+    parts = out
+    if splits > 1:
+        parts = [torch.empty((splits, *s.shape), dtype=torch.float32, device=device) for s in out]
+    spare = [0] * (MEMBERS - len(Qs))  # arguments of layers that are not there
+
+    def each(values: list) -> list:
+        return [*values, *(values[0] for _ in spare)]
+
+    threshold, keep_scale = keep_arguments(seed, dropout_p)
+    _project_kernel[(cdiv(M, tile.BLOCK_M), splits)](
+        x2,
+        *each(Qs),
+        *each(parts),
+        seed,
+        M,
+        K,
+        *each(ranks),
+        *each([s.shape[1] for s in out]),
+        x2.stride(0),
+        per_split,
+        threshold,
+        keep_scale,
+        MEMBERS=len(Qs),
+        DROPOUT=threshold > 0,
+        PRECISION=dot_precision(x2.dtype),
+        BLOCK_R=block_rank(max(ranks)),
+        **tile.blocks("BLOCK_M", "BLOCK_K"),
+    )
+    if splits > 1:
+        widest = max(s.numel() for s in out)
+        _sum_splits_kernel[(cdiv(widest, _SUM_BLOCK), len(Qs))](
+            *each(parts), *each(out), M, *each([s.shape[1] for s in out]), splits, BLOCK=_SUM_BLOCK
+        )
+
+
+def traffic_project(
+    M: int, K: int, ranks: list[int], itemsize: int, tile: Tile, device: torch.device, seeded: bool = False
+) -> Traffic:
+    """Of one :func:`launch_project`."""
+    splits, _ = _splits(M, K, tile, device)
+    blocks = cdiv(M, tile.BLOCK_M)
+    columns = sum(padded_rank(r) for r in ranks)
+    q_bytes = 4 * sum(ranks) * K
+    stored = M * columns * (itemsize if splits == 1 else 4 * splits)
+    tiles = blocks * cdiv(K, tile.BLOCK_K)
+    seed_bytes = 8 if seeded else 0
+    traffic = Traffic(
+        read=M * K * itemsize + q_bytes + seed_bytes,
+        written=stored,
+        loaded=M * K * itemsize + blocks * q_bytes + tiles * seed_bytes,
+        stored=stored,
+        flops=2 * M * K * sum(ranks),
+    )
+    if splits > 1:
+        final = M * columns * itemsize
+        traffic += Traffic(read=stored, written=final, loaded=stored, stored=final)
+    return traffic
+
+
+def specimens(family: str) -> list[Specimen]:
+    """Every configuration :func:`launch_project` may use on a family."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        name, size = TYPE_NAMES[dtype], dtype.itemsize
+        for BLOCK_R in (16, 32, 64, 128, 256):
+            for members in (1, MEMBERS):
+                tile = config(family, size, BLOCK_R, members)
+                types = {"x_ptr": f"*{name}", "seed_ptr": "*i64", "keep_scale": "fp32"}
+                types |= {f"q{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": f"*{name}" for i in range(3)}
+                types |= {f"R{i}": "i32" for i in range(3)} | {f"S{i}_COLS": "i32" for i in range(3)}
+                types |= dict.fromkeys(("M", "K", "stride_xm", "k_per_split", "threshold"), "i32")
+                constants = {
+                    "MEMBERS": members,
+                    "DROPOUT": False,
+                    "PRECISION": dot_precision(dtype),
+                    "BLOCK_R": BLOCK_R,
+                }
+                found.append(tile.specimen(f"project {name} r{BLOCK_R} x{members}", _project_kernel, types, constants))
+    types = {f"part{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": "*bf16" for i in range(3)}
+    types |= {f"S{i}_COLS": "i32" for i in range(3)} | {"M": "i32", "splits": "i32"}
+    found.append(Specimen("sum splits", _sum_splits_kernel, types, {"BLOCK": _SUM_BLOCK}, num_warps=4, dots=False))
+    return found

@@ -1,0 +1,199 @@
+"""The rank term alone, in one pass: written as the addend of a cuBLAS product, or added to what a base's own forward returned.
+
+Contract. ``out = [base +] bias + (alpha S) (c F)`` with the product's columns kept or dropped; operands and rounding as in ``gemm.py``.
+``base`` may be ``out`` itself. Moves one write of out, and one read of base where there is one. One launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..traffic import Traffic
+from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank
+from .gemm import _add_rank_term
+
+
+def config(family: str, itemsize: int, BLOCK_R: int) -> Tile:
+    """Small tiles: the kernel waits for memory, so that many programs in flight count."""
+    return Tile(BLOCK_M=64, BLOCK_N=64 if itemsize == 4 or BLOCK_R > 128 else 128, num_warps=4, num_stages=1)
+
+
+@triton.jit(do_not_specialize=["M", "R", "rows_per_group", "threshold"])
+def _rank_term_kernel(
+    base_ptr,
+    out_ptr,
+    s_ptr,
+    f_ptr,
+    e_ptr,
+    mask_ptr,
+    alpha_ptr,
+    bias_ptr,
+    seed_ptr,
+    M,
+    N,
+    R,
+    S_COLS,
+    rows_per_group,
+    scale,
+    threshold,
+    keep_scale,
+    HAS_BASE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_COEF: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if HAS_BASE:
+        acc = tl.load(base_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    acc = _add_rank_term(
+        acc,
+        s_ptr,
+        f_ptr,
+        e_ptr,
+        mask_ptr,
+        alpha_ptr,
+        bias_ptr,
+        seed_ptr,
+        rows,
+        tl.program_id(1) * BLOCK_N,
+        M,
+        N,
+        R,
+        S_COLS,
+        rows_per_group,
+        scale,
+        threshold,
+        keep_scale,
+        HAS_BIAS,
+        HAS_COEF,
+        HAS_ALPHA,
+        DROPOUT,
+        PRECISION,
+        dtype,
+        BLOCK_N,
+        BLOCK_R,
+    )
+    tl.store(out_ptr + at, acc.to(dtype), mask=inside)
+
+
+def launch_rank_term(
+    out: Tensor,
+    base: Tensor | None,
+    S: Tensor,
+    F: Tensor,
+    coef: tuple[Tensor, Tensor, float] | None,
+    alpha: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    tile: Tile,
+) -> None:
+    """Fill ``out`` (M, N), contiguous; arguments as in ``launch_gemm_rank``."""
+    M, N = out.shape
+    R = F.shape[0]
+    e, mask, scale = coef if coef is not None else (None, None, 1.0)
+    threshold, keep_scale = keep_arguments(seed, dropout_p)
+    _rank_term_kernel[(cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N))](
+        base,
+        out,
+        S,
+        F,
+        e,
+        mask,
+        alpha,
+        bias,
+        seed,
+        M,
+        N,
+        R,
+        S.shape[1],
+        M // alpha.numel() if alpha is not None else M,
+        scale,
+        threshold,
+        keep_scale,
+        HAS_BASE=base is not None,
+        HAS_BIAS=bias is not None,
+        HAS_COEF=coef is not None,
+        HAS_ALPHA=alpha is not None,
+        DROPOUT=threshold > 0,
+        PRECISION=dot_precision(out.dtype),
+        BLOCK_R=block_rank(R),
+        **tile.blocks("BLOCK_M", "BLOCK_N"),
+    )
+
+
+def traffic_rank_term(
+    M: int,
+    N: int,
+    R: int,
+    itemsize: int,
+    tile: Tile,
+    *,
+    groups: int = 0,
+    base: bool = False,
+    coef: bool = False,
+    bias: bool = False,
+    seeded: bool = False,
+) -> Traffic:
+    """Of one :func:`launch_rank_term`."""
+    blocks_m, blocks_n = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
+    columns = padded_rank(R)
+    vectors, seed_bytes = 8 * R if coef else 0, 8 if seeded else 0
+    own = M * N * itemsize if base else 0
+    return Traffic(
+        read=own
+        + M * columns * itemsize
+        + 4 * R * N
+        + vectors
+        + 4 * groups
+        + (N * itemsize if bias else 0)
+        + seed_bytes,
+        written=M * N * itemsize,
+        loaded=own
+        + blocks_n * M * columns * itemsize
+        + blocks_m * 4 * R * N
+        + blocks_m * blocks_n * (vectors + seed_bytes)
+        + (4 * blocks_n * M if groups else 0)
+        + (blocks_m * N * itemsize if bias else 0),
+        stored=M * N * itemsize,
+        flops=2 * M * N * R,
+    )
+
+
+def specimens(family: str) -> list[Specimen]:
+    """Every configuration :func:`launch_rank_term` may use on a family: with bias as an addend, and added to a base's output."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        name = TYPE_NAMES[dtype]
+        for BLOCK_R in (16, 32, 64, 128, 256):
+            tile = config(family, dtype.itemsize, BLOCK_R)
+            types = dict.fromkeys(("base_ptr", "out_ptr", "s_ptr", "bias_ptr"), f"*{name}")
+            types |= dict.fromkeys(("f_ptr", "e_ptr", "mask_ptr", "alpha_ptr"), "*fp32") | {"seed_ptr": "*i64"}
+            types |= dict.fromkeys(("M", "N", "R", "S_COLS", "rows_per_group", "threshold"), "i32")
+            types |= {"scale": "fp32", "keep_scale": "fp32"}
+            for base in (False, True):
+                constants = {
+                    "HAS_BASE": base,
+                    "HAS_BIAS": not base,
+                    "HAS_COEF": True,
+                    "HAS_ALPHA": True,
+                    "DROPOUT": False,
+                    "PRECISION": dot_precision(dtype),
+                    "BLOCK_R": BLOCK_R,
+                }
+                label = f"rank {'update' if base else 'term'} {name} r{BLOCK_R}"
+                found.append(tile.specimen(label, _rank_term_kernel, types, constants))
+    return found

@@ -1,0 +1,310 @@
+"""The operators of ``svd_linear.py`` and ``svd_project.py``, composed of the kernels: which launches, in which order, on which buffers.
+
+Forward: S (one pass over x), then the base product with the rank term in its accumulator, or in an addend that cuBLAS starts from.
+Backward: one pass over dy, its small sum, dx as the forward's product, one pass over x for dQ, and the sums of all partial results.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..rows import Ranges, empty_results, flat_alpha, group_count, rows_first
+from . import dq_pass, dy_pass, rank_term
+from . import project as projection
+from .common import block_rank, cdiv, family, padded_rank
+from .dq_pass import dq_segments
+from .dy_pass import dy_segments
+from .product import Coef, base_product
+from .sums import JOBS, Job, launch_sum_partials
+
+
+def _aligned_rows(t: Tensor) -> Tensor:
+    """(..., K) as (M, K) with neighbouring columns; a copy where the storage says otherwise."""
+    rows = rows_first(t)
+    return rows if rows.stride(-1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
+
+
+def _padded(x: Tensor, rows: int, rank: int) -> Tensor:
+    return torch.empty((rows, padded_rank(rank)), dtype=x.dtype, device=x.device)
+
+
+def _float32(device: torch.device, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _widened(S: Tensor) -> Tensor:
+    """The padded buffer that a (M, r) view of ours was cut from; a copy where it is somebody else's."""
+    columns = padded_rank(S.shape[1])
+    if (
+        S.stride() == (columns, 1)
+        and S.storage_offset() == 0
+        and S.untyped_storage().nbytes() >= S.shape[0] * columns * S.element_size()
+    ):
+        return S.as_strided((S.shape[0], columns), (columns, 1))
+    wide = S.new_zeros((S.shape[0], columns))
+    wide[:, : S.shape[1]] = S
+    return wide
+
+
+def project(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) -> list[Tensor]:
+    """``svd_project``'s forward."""
+    x2 = _aligned_rows(x)
+    out = [_padded(x2, x2.shape[0], Q.shape[0]) for Q in Qs]
+    busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and x2.shape[0]]
+    for start in range(0, len(busy), projection.MEMBERS):
+        chosen = busy[start : start + projection.MEMBERS]
+        BLOCK_R = block_rank(max(Qs[i].shape[0] for i in chosen))
+        tile = projection.config(family(x.device), x.element_size(), BLOCK_R, len(chosen))
+        masters = [Qs[i].contiguous() for i in chosen]
+        projection.launch_project(x2, masters, [out[i] for i in chosen], seed, dropout_p, tile)
+    return [S[:, : Q.shape[0]] for S, Q in zip(out, Qs, strict=True)]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None,
+    S: Tensor | None,
+    path_weight: Tensor | None,
+    path_P: Tensor | None,
+    path_E: Tensor | None,
+    path_Q: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    train_groups: int,
+    path_start: int,
+) -> tuple[Tensor, Tensor]:
+    """``svd_linear``'s forward."""
+    x2 = _aligned_rows(x)
+    saved = x.new_empty((0,)) if S is not None else project(x2, [Q], seed, dropout_p)[0]
+    S = saved if S is None else S
+    if x2.shape[0] == 0 or P.shape[0] == 0:
+        y = torch.nn.functional.linear(x2, weight, bias)
+    else:
+        coef = (E, mask, scale)
+        y = base_product(x2, weight, _widened(S), P, coef, flat_alpha(alpha), bias, None, 0.0, transposed=True)
+    return y.view((*x.shape[:-1], weight.shape[0])), saved
+
+
+def update(
+    y: Tensor,
+    x: Tensor,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    out: Tensor,
+) -> Tensor:
+    """The rank-r update of a base's output y (..., N) into ``out``, which may be y; returns the S it computed, or an empty tensor."""
+    x2 = _aligned_rows(x)
+    saved = x.new_empty((0,)) if S is not None else project(x2, [Q], seed, dropout_p)[0]
+    S = saved if S is None else S
+    if x2.shape[0] and P.shape[0]:
+        tile = rank_term.config(family(x.device), x.element_size(), block_rank(P.shape[0]))
+        coef = (E, mask, scale)
+        rank_term.launch_rank_term(
+            rows_first(out),
+            rows_first(y),
+            _widened(S),
+            P.contiguous(),
+            coef,
+            flat_alpha(alpha),
+            None,
+            None,
+            0.0,
+            tile,
+        )
+    elif out is not y:
+        out.copy_(y)
+    return saved
+
+
+def backward(
+    dy: Tensor,
+    S: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    path_P: Tensor | None,
+    path_E: Tensor | None,
+    path_Q: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    train_groups: int,
+    path_start: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """``svd_linear``'s backward."""
+    need_x, need_w, need_b, need_p, need_e, need_q, need_s = needs
+    dy2, x2 = _aligned_rows(dy), _aligned_rows(x)
+    M, R = x2.shape[0], P.shape[0]
+    rows = Ranges.of(M, group_count(alpha, path_weight), train_groups, path_start)
+    sampled = rows.has_path and path_P is not None and M > 0 and R > 0
+    alpha = flat_alpha(alpha)
+    weights = path_weight.reshape(-1) if sampled and path_weight is not None else None
+    coef = (E, mask, scale)
+    wide_S = _widened(S)
+    dx: Tensor | None
+    dx = dW = db = dP = dE = dQ = None
+    jobs: list[Job] = []
+    if M == 0 or R == 0:
+        dP, dE, dQ, G = torch.zeros_like(P), torch.zeros_like(E), torch.zeros_like(Q), _padded(x2, M, R)
+    else:
+        if need_p or sampled:
+            dP = torch.empty_like(P, memory_format=torch.contiguous_format) if need_p else None
+        G, dE = _dy_gradients(
+            dy2, wide_S, P.contiguous(), coef, alpha, weights, rows, dP, path_P, need_e, path_E, needs, sampled, jobs
+        )
+        if not need_s and (need_q or sampled):
+            dQ = torch.empty_like(Q, memory_format=torch.contiguous_format) if need_q else None
+            path_Qs: list[Tensor | None] = [path_Q if sampled else None]
+            jobs += _q_jobs(x2, [G], [R], [dQ], path_Qs, alpha, weights, seed, dropout_p, rows)
+    if need_x:
+        if R == 0 or M == 0:
+            dx = x2.new_zeros(x2.shape) if weight is None else dy2 @ weight
+        elif weight is None:
+            dx = torch.empty(x2.shape, dtype=x2.dtype, device=x2.device)
+            tile = rank_term.config(family(x.device), x.element_size(), block_rank(R))
+            rank_term.launch_rank_term(dx, None, G, Q.contiguous(), None, alpha, None, seed, dropout_p, tile)
+        else:
+            dx = base_product(dy2, weight, G, Q, None, alpha, None, seed, dropout_p, transposed=False)
+        dx = dx.view(x.shape)
+    for start in range(0, len(jobs), JOBS):
+        launch_sum_partials(jobs[start : start + JOBS])
+    if need_w:
+        dW = dy2.t() @ x2
+    if need_b:
+        db = dy2.sum(0)
+    results = (dx, dW, db, dP, dE, dQ, G[:, :R])
+    return empty_results(x, tuple(t if need else None for t, need in zip(results, needs, strict=True)))
+
+
+def _dy_gradients(
+    dy2: Tensor,
+    S: Tensor,
+    P: Tensor,
+    coef: Coef,
+    alpha: Tensor | None,
+    weights: Tensor | None,
+    rows: Ranges,
+    dP: Tensor | None,
+    path_P: Tensor | None,
+    need_e: bool,
+    path_E: Tensor | None,
+    needs: list[bool],
+    sampled: bool,
+    jobs: list[Job],
+) -> tuple[Tensor, Tensor | None]:
+    """G and (later, once ``jobs`` are done) dE, dP and the path accumulators, from one pass over dy; two where the ranges overlap."""
+    (M, N), R, columns, device = dy2.shape, P.shape[0], S.shape[1], dy2.device
+    tile = dy_pass.config(family(device), dy2.element_size(), block_rank(R))
+    blocks = cdiv(N, tile.BLOCK_N)
+    want_dp = dP is not None or sampled
+    disjoint = rows.path == rows.train or not sampled
+    segments = dy_segments(rows.train, rows.train, M, N, tile, device)
+    part_ds = _float32(device, blocks, M, columns)
+    part_dp = _float32(device, segments.splits, R, N) if want_dp else None
+    in_segment = weights if disjoint else None
+    dy_pass.launch_dy_pass(dy2, S, P, coef, alpha, in_segment, rows.per_group, segments, part_ds, part_dp, tile)
+    if part_dp is not None:
+        acc = path_P if sampled and disjoint else None
+        jobs.append(Job(part_dp, R * N, R * N, segments.splits0, segments.splits1, dP, acc))
+    if not disjoint:
+        again = dy_segments(0, rows.path, M, N, tile, device)
+        part_path = _float32(device, again.splits, R, N)
+        dy_pass.launch_dy_pass(dy2, S, P, coef, None, weights, rows.per_group, again, None, part_path, tile)
+        jobs.append(Job(part_path, R * N, R * N, 0, again.splits1, None, path_P))
+    G = torch.empty((M, columns), dtype=dy2.dtype, device=device)
+    programs = cdiv(M, dy_pass.ds_tile(block_rank(R)).BLOCK_M)
+    want_de = need_e or sampled
+    part_de = _float32(device, 2 if weights is not None else 1, programs, columns) if want_de else None
+    dy_pass.launch_ds_sum(part_ds, S, R, coef, alpha, weights, rows.per_group, rows.train, rows.path, G, part_de)
+    dE = torch.empty_like(coef[0]) if need_e else None
+    if part_de is not None:
+        jobs.append(Job(part_de, columns, R, programs, programs if sampled else 0, dE, path_E if sampled else None))
+    return G, dE
+
+
+def _q_jobs(
+    x2: Tensor,
+    Gs: list[Tensor],
+    ranks: list[int],
+    dQs: list[Tensor | None],
+    path_Qs: list[Tensor | None],
+    alpha: Tensor | None,
+    weights: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    rows: Ranges,
+) -> list[Job]:
+    """One pass over x for up to three layers; the jobs that finish their dQ."""
+    K, device = x2.shape[1], x2.device
+    tile = dq_pass.config(family(device), x2.element_size(), block_rank(max(ranks)), len(Gs))
+    end0 = rows.train if dQs[0] is not None else 0
+    start1 = rows.path if path_Qs[0] is not None else rows.rows
+    segments = dq_segments(end0, start1, rows.rows, K, tile, device)
+    parts = [_float32(device, segments.splits, r, K) for r in ranks]
+    if segments.splits:
+        dq_pass.launch_dq_pass(x2, Gs, ranks, parts, alpha, weights, seed, dropout_p, rows.per_group, segments, tile)
+    return [
+        Job(part, r * K, r * K, segments.splits0, segments.splits1, dQ, acc)
+        for part, r, dQ, acc in zip(parts, ranks, dQs, path_Qs, strict=True)
+    ]
+
+
+def project_backward(
+    Gs: list[Tensor],
+    x: Tensor,
+    Qs: list[Tensor],
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    path_Qs: list[Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
+    train_groups: int,
+    path_start: int,
+    needed: bool,
+) -> list[Tensor]:
+    """``svd_project``'s backward."""
+    x2 = _aligned_rows(x)
+    M = x2.shape[0]
+    rows = Ranges.of(M, group_count(alpha, path_weight), train_groups, path_start)
+    sampled = bool(path_Qs) and rows.has_path and path_weight is not None
+    results: list[Tensor | None] = [torch.zeros_like(Q) if needed and not Q.numel() * M else None for Q in Qs]
+    busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and M] if needed or sampled else []
+    for start in range(0, len(busy), projection.MEMBERS):
+        chosen = busy[start : start + projection.MEMBERS]
+        for i in chosen:
+            results[i] = torch.empty_like(Qs[i], memory_format=torch.contiguous_format) if needed else None
+        jobs = _q_jobs(
+            x2,
+            [_widened(Gs[i]) for i in chosen],
+            [Qs[i].shape[0] for i in chosen],
+            [results[i] for i in chosen],
+            [path_Qs[i] if sampled else None for i in chosen],
+            flat_alpha(alpha),
+            path_weight.reshape(-1) if sampled and path_weight is not None else None,
+            seed,
+            dropout_p,
+            rows,
+        )
+        launch_sum_partials(jobs)
+    return list(empty_results(x, tuple(results)))

@@ -1,0 +1,56 @@
+"""Pieces of kernels that several families share: the tile of kept entries, the triplets' coefficients, the two tiles of the rank term."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def keep_tile(seed_ptr, rows, first, K, threshold, BLOCK_K: tl.constexpr):
+    """(rows, BLOCK_K) bool: which entries of the columns from ``first`` (a multiple of 4) on dropout keeps; see ``philox.py``."""
+    counter = rows.to(tl.int64)[:, None] * ((K + 3) // 4) + first // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # one counter, four neighbouring columns
+    return words >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def coefficients(e_ptr, mask_ptr, R, scale, BLOCK_R: tl.constexpr):
+    """(BLOCK_R,) float32: s * m * lambda, 0 beyond the rank."""
+    r = tl.arange(0, BLOCK_R)
+    e = tl.load(e_ptr + r, mask=r < R, other=0.0)
+    return scale * e * tl.load(mask_ptr + r, mask=r < R, other=0.0)
+
+
+@triton.jit
+def group_factor(factor_ptr, rows, M, rows_per_group):
+    """(rows,) float32: the factor of each row's group, 0 beyond the last row."""
+    return tl.load(factor_ptr + rows // rows_per_group, mask=rows < M, other=0.0)
+
+
+@triton.jit
+def rank_rows(s_ptr, alpha_ptr, rows, M, S_COLS, rows_per_group, HAS_ALPHA: tl.constexpr, BLOCK_R: tl.constexpr):
+    """(rows, BLOCK_R) of S or of its gradient, times alpha of the row's group, in their dtype. S_COLS is a multiple of 16."""
+    r = tl.arange(0, BLOCK_R)
+    inside = (rows[:, None] < M) & (r[None, :] < S_COLS)
+    t = tl.load(s_ptr + rows.to(tl.int64)[:, None] * S_COLS + r[None, :], mask=inside, other=0.0)
+    if HAS_ALPHA:
+        t = (t * group_factor(alpha_ptr, rows, M, rows_per_group)[:, None]).to(t.dtype)
+    return t
+
+
+@triton.jit
+def rank_columns(
+    f_ptr, e_ptr, mask_ptr, columns, N, R, scale, HAS_COEF: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr
+):
+    """(BLOCK_R, columns) of the float32 masters P or Q, times s m lambda where HAS_COEF, rounded to the compute dtype."""
+    r = tl.arange(0, BLOCK_R)
+    inside = (r[:, None] < R) & (columns[None, :] < N)
+    f = tl.load(f_ptr + r.to(tl.int64)[:, None] * N + columns[None, :], mask=inside, other=0.0)
+    if HAS_COEF:
+        f = f * coefficients(e_ptr, mask_ptr, R, scale, BLOCK_R)[:, None]
+    return f.to(DTYPE)

@@ -1,0 +1,108 @@
+"""Rows of a batch: groups with an alpha of their own, ranges with a destination of their own, dropped entries; plain PyTorch.
+
+The M rows of x form n equal consecutive groups (sequences). Groups [0, train_groups) are training rows: their adapter gradients, with
+the factor alpha of the chain rule, are the parameters' gradients. Groups [path_start, n) are path rows: their adapter gradients are those
+of ALGORITHMS section 1 (no factor alpha), times the group's ``path_weight``, and are added to the path accumulator. The two ranges meet
+in a mixed batch, are one of them empty in a separate path pass, and overlap where a training row is itself a sample of the path (on-path
+training, and the endpoint f(1) of the trapezoid).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .backend import runs_fused
+from .fused.common import padded_rank
+from .philox import dropout_keep_mask
+
+
+def rows_first(t: Tensor) -> Tensor:
+    """(..., K) as (M, K)."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def group_count(alpha: Tensor | None, path_weight: Tensor | None) -> int:
+    """Groups the rows form: one value of alpha or of the path weights for each, and a single group without either."""
+    if alpha is not None:
+        return alpha.numel()
+    return 1 if path_weight is None else path_weight.numel()
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Row numbers: training rows [0, train), path rows [path, rows), ``per_group`` of them in each group."""
+
+    rows: int
+    per_group: int
+    train: int
+    path: int
+
+    @classmethod
+    def of(cls, rows: int, groups: int, train_groups: int, path_start: int) -> Ranges:
+        """From counts of groups."""
+        per_group = rows // groups if groups else 0
+        return cls(rows, per_group, per_group * train_groups, per_group * path_start)
+
+    @property
+    def has_path(self) -> bool:
+        """Whether there are path rows."""
+        return self.path < self.rows
+
+
+def times_per_group(rows: Tensor, factor: Tensor | None) -> Tensor:
+    """(M, r) rows times a factor (n,) for each of n equal groups of rows, in the rows' dtype; unchanged without a factor."""
+    if factor is None or factor.numel() == 0:
+        return rows
+    grouped = rows.reshape(factor.numel(), rows.shape[0] // factor.numel(), rows.shape[1])
+    return (grouped * factor.view(-1, 1, 1)).reshape(rows.shape).to(rows.dtype)
+
+
+def keep_factor(x2: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
+    """0 where dropout drops and 1/(1-p) elsewhere, in x's dtype and shape; None without dropout."""
+    if p == 0.0 or seed is None:
+        return None
+    return dropout_keep_mask(seed, x2.shape[0], x2.shape[1], p).to(x2.dtype).mul_(1.0 / (1.0 - p))
+
+
+def flat_alpha(alpha: Tensor | None) -> Tensor | None:
+    """alpha as (n,)."""
+    return None if alpha is None else alpha.reshape(-1)
+
+
+def q_gradient(
+    G: Tensor,
+    dropped: Tensor,
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    path_Q: Tensor | None,
+    train_groups: int,
+    path_start: int,
+    wanted: bool,
+) -> Tensor | None:
+    """dQ of the training rows (None unless wanted), after adding that of the path rows to ``path_Q``.
+
+    Args:
+        G: (M, r) gradient of S without any group's factor. dropped: (M, K) input of Q. Others: as in ``svd_linear``.
+    """
+    ranges = Ranges.of(G.shape[0], group_count(alpha, path_weight), train_groups, path_start)
+    if path_Q is not None and path_weight is not None and ranges.has_path:
+        rows = slice(ranges.path, None)
+        path_Q += times_per_group(G[rows], path_weight.reshape(-1)[path_start:]).t() @ dropped[rows]
+    if not wanted:
+        return None
+    rows = slice(0, ranges.train)
+    alpha = None if alpha is None else alpha.reshape(-1)[:train_groups]
+    return times_per_group(G[rows], alpha).t() @ dropped[rows]  # (r, M) @ (M, K)
+
+
+def empty_results(like: Tensor, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """An empty tensor of its own for every None: an operator returns tensors, and never one storage twice."""
+    return tuple(like.new_empty((0,)) if t is None else t for t in results)
+
+
+def rank_buffer(like: Tensor, rows: int, rank: int) -> Tensor:
+    """Empty (rows, rank) as the running backend stores S and its gradient: kernels pad their rows to whole 16-byte accesses."""
+    columns = padded_rank(rank) if runs_fused(like, rank) else rank
+    return like.new_empty((rows, columns))[:, :rank]

@@ -1,0 +1,158 @@
+"""S of all layers that read one x (q, k and v; gate and up): ``S_i = dropout(x) Q_i^T``, x read once, and once more for every dQ_i.
+
+Contract. Dtypes, rounding and determinism as in ``svd_linear``; the layers share one dropout mask. The gradient of S_i that arrives is that
+without any group's factor: the training rows' factor alpha and the path rows' weights enter here. dx gets nothing here: the share that
+goes through Q_i is part of each layer's own dx, inside its base product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import runs_fused
+from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
+from .rows import empty_results, group_count, keep_factor, q_gradient, rank_buffer, rows_first
+
+
+def _widest(Qs: list[Tensor]) -> int:
+    return max(Q.shape[0] for Q in Qs)
+
+
+def _reference_fwd(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) -> list[Tensor]:
+    """Reference forward. Returns S_i (M, r_i) in x's dtype."""
+    x2 = rows_first(x)
+    keep = keep_factor(x2, seed, dropout_p)
+    joint = (x2 if keep is None else x2 * keep) @ torch.cat(Qs).to(x.dtype).t()  # (M, K) @ (K, sum of r_i)
+    return [S.contiguous() for S in joint.split([Q.shape[0] for Q in Qs], dim=1)]
+
+
+def _fake_fwd(x, Qs, seed, dropout_p):
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return [rank_buffer(x, rows, Q.shape[0]) for Q in Qs]
+
+
+def _reference_bwd(
+    Gs: list[Tensor],
+    x: Tensor,
+    Qs: list[Tensor],
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    path_Qs: list[Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
+    train_groups: int,
+    path_start: int,
+    needed: bool,
+) -> list[Tensor]:
+    """Reference backward: dQ_i, empty unless needed; adds those of path rows to ``path_Qs``, which may be empty."""
+    x2 = rows_first(x)
+    keep = keep_factor(x2, seed, dropout_p)
+    sizes = [Q.shape[0] for Q in Qs]
+    joint_path = torch.zeros((sum(sizes), x2.shape[1]), dtype=Qs[0].dtype, device=x.device) if path_Qs else None
+    joint = q_gradient(
+        torch.cat(Gs, dim=1),
+        x2 if keep is None else x2 * keep,
+        alpha,
+        path_weight,
+        joint_path,
+        train_groups,
+        path_start,
+        needed,
+    )
+    if joint_path is not None:
+        torch._foreach_add_(path_Qs, joint_path.split(sizes))
+    if joint is None:
+        return list(empty_results(x, (None,) * len(Qs)))
+    return [part.to(Q.dtype, copy=True) for part, Q in zip(joint.split(sizes), Qs, strict=True)]
+
+
+def _fake_bwd(Gs, x, Qs, alpha, path_weight, path_Qs, seed, dropout_p, train_groups, path_start, needed):
+    return [Q.new_empty(Q.shape) if needed else x.new_empty((0,)) for Q in Qs]
+
+
+def _dispatch_fwd(x, Qs, seed, dropout_p):
+    if runs_fused(x, _widest(Qs)):
+        from .fused import svd_linear as fused
+
+        return fused.project(x, Qs, seed, dropout_p)
+    return _reference_fwd(x, Qs, seed, dropout_p)
+
+
+def _dispatch_bwd(Gs, x, Qs, *rest):
+    if runs_fused(x, _widest(Qs)):
+        from .fused import svd_linear as fused
+
+        return fused.project_backward(Gs, x, Qs, *rest)
+    return _reference_bwd(Gs, x, Qs, *rest)
+
+
+_svd_project_fwd = torch.library.custom_op("igulora::svd_project_fwd", _reference_fwd, mutates_args=())
+_svd_project_bwd = torch.library.custom_op("igulora::svd_project_bwd", _reference_bwd, mutates_args=("path_Qs",))
+_svd_project_fwd.register_fake(_fake_fwd)
+_svd_project_bwd.register_fake(_fake_bwd)
+for _device in ("cuda", "cpu"):
+    _svd_project_fwd.register_kernel(_device)(_dispatch_fwd)
+    _svd_project_bwd.register_kernel(_device)(_dispatch_bwd)
+
+
+class _Project(torch.autograd.Function):
+    """The pair of operators; the last arguments are the layers' Q, then their path accumulators."""
+
+    @staticmethod
+    def forward(x, seed, alpha, path_weight, scalars, layers, *tensors):
+        return tuple(_svd_project_fwd(x, list(tensors[:layers]), seed, scalars[0]))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, seed, alpha, path_weight, ctx.scalars, layers, *tensors = inputs
+        ctx.save_for_backward(x, seed, alpha, path_weight, *tensors[:layers])
+        # Written to, not read: views of one flat buffer, whose version changes with every layer's backward.
+        ctx.accumulators = tensors[layers:]
+
+    @staticmethod
+    def backward(ctx, *Gs):
+        x, seed, alpha, path_weight, *Qs = ctx.saved_tensors
+        dropout_p, *ranges = ctx.scalars
+        needed = ranges[0] > 0 and any(ctx.needs_input_grad[6:])
+        dQs = _svd_project_bwd(list(Gs), x, Qs, alpha, path_weight, ctx.accumulators, seed, dropout_p, *ranges, needed)
+        return (None,) * 6 + tuple(dQs if needed else [None] * len(Qs)) + (None,) * len(ctx.accumulators)
+
+
+def svd_project(
+    x: Tensor,
+    Qs: list[Tensor],
+    alpha: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    train_groups: int | None = None,
+    path_start: int | None = None,
+    path_weight: Tensor | None = None,
+    path_Qs: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """``S_i = dropout(x) Q_i^T`` for every layer that reads x, to be handed to ``svd_linear(..., S=S_i)`` (ALGORITHMS section 1).
+
+    Args:
+        x: (..., in). Qs: masters (r_i, in). dropout_p, seed: as in ``svd_linear``; the layers must get the same.
+        alpha, train_groups, path_start, path_weight: as in ``svd_linear``; they matter in the backward.
+        path_Qs: accumulators of the path rows' dQ_i.
+
+    Returns:
+        One S_i (M, r_i) in x's dtype for every Q.
+
+    Raises:
+        TypeError, ValueError: as ``svd_linear`` does.
+    """
+    if not Qs:
+        raise ValueError("expected at least one Q, got none")
+    (x,) = under_autocast(x)  # type: ignore[assignment]
+    check_input(x, Qs[0].shape[-1], group_count(alpha, path_weight))
+    for i, Q in enumerate(Qs):
+        if Q.ndim != 2 or Q.shape[1] != x.shape[-1]:
+            raise ValueError(f"expected Qs of shape (r, {x.shape[-1]}), got {tuple(Q.shape)} at index {i}")
+    check_device(x, {"Q": Qs[0], "alpha": alpha})
+    check_dropout(dropout_p)
+    train_groups, path_start = check_rows(alpha, path_weight, train_groups, path_start, path_Qs is not None)
+    scalars = (float(dropout_p), train_groups, path_start)
+    return list(_Project.apply(x, seed, alpha, path_weight, scalars, len(Qs), *Qs, *(path_Qs or ())))
