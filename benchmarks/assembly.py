@@ -91,7 +91,7 @@ def narrow_lines(ttir: str, ptx: str, threads: int) -> list[str]:
         file, line = places.get(name, ("", 0))
         width = widths.get((kind, file.rpartition("/")[2], line), WIDE)
         if size >= WIDE * threads and width < WIDE and "# narrow: " not in linecache.getline(file, line):
-            found.append(f"{kind} of {width} bytes at {file.rpartition('/')[2]}:{line}, in tiles of {size} bytes")
+            found.append(f"{kind} at {file.rpartition('/')[2]}:{line}: {width} bytes, tiles of {size}")
     return list(dict.fromkeys(found))
 
 

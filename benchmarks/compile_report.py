@@ -42,7 +42,7 @@ from igulora.kernels.fused.common import Specimen
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compile"
 Job = tuple[str, str, str]  # module, label, architecture
-Outcome = tuple[Row, list[str]] | str  # what came out and the rules it breaks, or why nothing did
+Outcome = tuple[Row, list[tuple[str, str]]] | str  # what came out and the rules it breaks, or why nothing did
 
 
 def module_names(names: list[str] | None) -> list[str]:
@@ -124,7 +124,8 @@ class _Worker:
             return self.connection.recv()
         except EOFError:
             self.process.join()
-            return f"the compiler ended the process ({self.process.exitcode}): {complaint(self.log.read_text(errors='replace'))}"
+            said = complaint(self.log.read_text(errors="replace"))
+            return f"the compiler ended the process ({self.process.exitcode})" + (f": {said}" if said else "")
 
 
 def run(jobs: list[Job], workers: int, folder: Path) -> Iterator[tuple[Job, Outcome]]:
@@ -214,24 +215,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def report(jobs: list[Job], outcomes: dict[Job, Outcome], missing: list[str]) -> dict[str, Any]:
     """The result as it is kept: nothing in it depends on the machine."""
     rows, failed = [], []
-    broken = [("in no specimen, so that nothing is known of it", name) for name in missing]
+    broken = [{"rule": "every kernel in a specimen", "label": name, "arch": "", "found": "in none"} for name in missing]
     for job in jobs:
         outcome, (_, label, arch) = outcomes[job], job
         if isinstance(outcome, str):
             failed.append({"label": label, "arch": arch, "reason": outcome})
-            broken += [] if arch.startswith("gfx") else [("does not compile: " + outcome, f"{label} on {arch}")]
+            if not arch.startswith("gfx"):
+                broken.append({"rule": "it compiles", "label": label, "arch": arch, "found": outcome})
         else:
             row, found = outcome
             rows.append({name: value for name, value in dataclasses.asdict(row).items() if name != "seconds"})
-            broken += [(breach, f"{label} on {arch}") for breach in found]
+            broken += [{"rule": rule, "label": label, "arch": arch, "found": detail} for rule, detail in found]
     date = datetime.date.today().isoformat()
-    return {
-        "date": date,
-        "versions": versions(),
-        "breaches": [{"what": b, "where": w} for b, w in broken],
-        "failed": failed,
-        "rows": rows,
-    }
+    return {"date": date, "versions": versions(), "breaches": broken, "failed": failed, "rows": rows}
+
+
+def verdict(breaches: list[dict[str, str]]) -> str:
+    """The rules that are broken, and by which kernels where."""
+    rules: dict[str, dict[str, list[str]]] = {}
+    for breach in breaches:
+        places = rules.setdefault(breach["rule"], {}).setdefault(breach["label"], [])
+        places.append(f"{breach['arch']} {breach['found']}".strip())
+    lines = [f"{len(rules)} rules broken" if rules else "no rule broken"]
+    for rule, labels in rules.items():
+        lines += [f"  {rule}", *(f"    {label}: {'; '.join(places)}" for label, places in labels.items())]
+    return "\n".join(lines)
 
 
 def dump(record: dict[str, Any]) -> str:
@@ -284,12 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         file.write_text(dump(record), encoding="utf-8")
     if not options.check:
         return 0
-    where: dict[str, list[str]] = {}
-    for breach in record["breaches"]:
-        where.setdefault(breach["what"], []).append(breach["where"])
-    print(f"\n{len(where)} rules broken" if where else "\nno rule broken")
-    for what, places in where.items():
-        print(f"  {what}: {', '.join(places[:2])}" + (f" and {len(places) - 2} more" if len(places) > 2 else ""))
+    print("\n" + verdict(record["breaches"]))
     return 1 if record["breaches"] else 0
 
 

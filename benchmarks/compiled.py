@@ -233,24 +233,25 @@ def compile_specimen(specimen: Specimen, arch: str) -> Row:
     )
 
 
-def breaches(row: Row, specimen: Specimen) -> list[str]:
-    """What a kernel of ours must satisfy and this one does not, in words."""
-    found = []
+def breaches(row: Row, specimen: Specimen) -> list[tuple[str, str]]:
+    """The rules for kernels of ours that this one breaks: name of the rule and by how much."""
     limit = SHARED_MEMORY[ARCHITECTURES[row.arch].family]
+    found = []
     if row.stack:
-        found.append(f"{row.stack} bytes of stack per thread")
+        found.append(("no stack", f"{row.stack} bytes per thread"))
     if row.shared > limit:
-        found.append(f"{row.shared} bytes of shared memory, the limit is {limit}")
+        found.append(("shared memory within the limit", f"{row.shared} bytes of {limit}"))
     if specimen.dots and not row.tensor:
-        found.append("no tensor-core instruction")
-    if specimen.dots and row.scalar_dots:
-        found.append(f"{row.scalar_dots} products not on tensor cores")
+        found.append(("products on tensor cores", "no such instruction"))
+    elif specimen.dots and row.scalar_dots:
+        found.append(("products on tensor cores", f"{row.scalar_dots} are not"))
     if row.atomics:
-        found.append(f"{row.atomics} atomic accesses")
+        found.append(("no atomic access", f"{row.atomics}"))
     sides = (("load", row.loads, specimen.narrow_loads), ("store", row.stores, specimen.narrow_stores))
     for what, counts, excuse in sides:
         if not excuse and counts and widest(counts) < WIDE:
-            found.append(f"widest {what} of {widest(counts)} bytes, expected {WIDE}")
+            found.append((f"{what}s of {WIDE} bytes", f"{widest(counts)} bytes at most"))
         if not excuse:
-            found += [line for line in row.narrow if line.startswith(what)]
+            lines = (line.partition(": ") for line in row.narrow if line.startswith(what))
+            found += [(f"{WIDE} bytes in each {place}", size) for place, _, size in lines]
     return found
