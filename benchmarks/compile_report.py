@@ -215,7 +215,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def report(jobs: list[Job], outcomes: dict[Job, Outcome], missing: list[str]) -> dict[str, Any]:
     """The result as it is kept: nothing in it depends on the machine."""
     rows, failed = [], []
-    broken = [{"rule": "every kernel in a specimen", "label": name, "arch": "", "found": "in none"} for name in missing]
+    broken = [
+        {"rule": "every kernel in a specimen", "label": name, "arch": "any", "found": "in none"} for name in missing
+    ]
     for job in jobs:
         outcome, (_, label, arch) = outcomes[job], job
         if isinstance(outcome, str):
@@ -232,13 +234,15 @@ def report(jobs: list[Job], outcomes: dict[Job, Outcome], missing: list[str]) ->
 
 def verdict(breaches: list[dict[str, str]]) -> str:
     """The rules that are broken, and by which kernels where."""
-    rules: dict[str, dict[str, list[str]]] = {}
+    rules: dict[str, dict[str, dict[str, list[str]]]] = {}
     for breach in breaches:
-        places = rules.setdefault(breach["rule"], {}).setdefault(breach["label"], [])
-        places.append(f"{breach['arch']} {breach['found']}".strip())
+        labels = rules.setdefault(breach["rule"], {})
+        labels.setdefault(breach["label"], {}).setdefault(breach["found"], []).append(breach["arch"])
     lines = [f"{len(rules)} rules broken" if rules else "no rule broken"]
     for rule, labels in rules.items():
-        lines += [f"  {rule}", *(f"    {label}: {'; '.join(places)}" for label, places in labels.items())]
+        lines.append(f"  {rule}")
+        for label, found in labels.items():
+            lines.append(f"    {label}: " + "; ".join(f"{what} ({', '.join(archs)})" for what, archs in found.items()))
     return "\n".join(lines)
 
 

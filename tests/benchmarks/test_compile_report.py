@@ -215,6 +215,42 @@ def test_kernels_without_fault_pass(tmp_path: Path) -> None:
     assert [failure["label"] for failure in record["failed"]] == ["product fp32"]
 
 
+def test_the_page_shows_what_the_reports_hold(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    row = {
+        "kernel": "_product_kernel",
+        "label": "product bf16",
+        "arch": "sm_90",
+        "warps": 4,
+        "stages": 3,
+        "shared": 49152,
+        "tensor": {"wgmma.mma_async bf16": 4},
+        "loads": {"tma": 4, "2": 1},
+        "stores": {"16": 4},
+        "occupancy": 25.0,
+        "bound": "shared memory",
+    }
+    for triton, registers in (("3.10.0", 70), ("3.9.0", 64)):
+        record = {
+            "date": "2026-01-02",
+            "versions": {"triton": triton, "commit": "abc"},
+            "breaches": [],
+            "failed": [{"label": "product fp32", "arch": "gfx942", "reason": "no such precision"}],
+            "rows": [row | {"registers": registers}],
+        }
+        (tmp_path / f"{triton}.json").write_text(scripts["compile_report"].dump(record), encoding="utf-8")
+    text = scripts["render_compiled"].page(scripts["render_compiled"].read(tmp_path))
+    assert "| 3.10.0 | 2026-01-02 | abc | 1 | 1 | 0 | 70 | `wgmma.mma_async` |" in text
+    assert "| product bf16 | 4/3 | 64/70 | 48.0 | wgmma.mma_async bf16 ×4 | TMA | 16 | 25 (shared memory) |" in text
+    assert "registers, 3.9.0/3.10.0" in text
+    assert "no such precision: product fp32 on gfx942" in text
+
+
+def test_a_whole_report_only_is_kept() -> None:
+    done = report("--keep", "--arch", "sm_80")
+    assert done.returncode == 2
+    assert "--keep is for whole reports" in done.stderr
+
+
 def test_nothing_is_reported_of_interpreted_kernels() -> None:
     done = report("--check", interpret="1")
     assert done.returncode == 2
