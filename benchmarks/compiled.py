@@ -209,6 +209,8 @@ def compile_specimen(specimen: Specimen, arch: str) -> Row:
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
     started = time.perf_counter()
     options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
+    if specimen.maxnreg is not None and not amd:
+        options["maxnreg"] = specimen.maxnreg
     compiled = triton.compile(source(specimen), target=target, options=options)
     seconds = time.perf_counter() - started
     read: Callable[[Any, str], dict[str, Any]] = _of_amd if amd else _of_nvidia

@@ -66,6 +66,7 @@ class Specimen:
         constants: values of the constexpr arguments, and of strides that are 1.
         dots: whether it computes matrix products, which must run on tensor cores.
         narrow_loads, narrow_stores: why most of its accesses are narrower than 16 bytes on aligned inputs, where they must be.
+        maxnreg: registers per thread that the assembler may use. It else aims at an occupancy of its own choice, for which it spills.
     """
 
     label: str
@@ -77,6 +78,7 @@ class Specimen:
     dots: bool = True
     narrow_loads: str = ""
     narrow_stores: str = ""
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
