@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .context import PathContext
 from .layers import FusedSVDLinear
+from .shared import share_inputs
 
 _ALIGN = 64  # elements: every region starts on a 256-byte boundary, so that kernels may use 16-byte accesses
 
@@ -152,6 +153,7 @@ class Bank:
         if path is not None and path.numel() == self.layout.size:
             self.path.copy_(path)
         self._watch_backward()
+        share_inputs(self.names, self.layers)
         self._epoch = self.context.epoch
 
     def _bind_parameters(self) -> None:

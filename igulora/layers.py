@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .context import PathContext
 from .errors import check_choice
-from .kernels import svd_linear
+from .kernels import svd_linear, svd_update
+from .shared import SharedInput
 
 INITS = ("orthonormal", "gaussian", "lora")
 _SEED_RANGE = 2**62
@@ -90,6 +91,7 @@ class FusedSVDLinear(nn.Module):
         self.merged = False
         self.slot = 0
         self.context = PathContext()
+        self.shared: SharedInput | None = None
         where = base.weight.device
         master = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         self.lora_P = nn.Parameter(torch.empty((r, self.out_features), dtype=master, device=where))
@@ -138,6 +140,18 @@ class FusedSVDLinear(nn.Module):
         """The base bias (out,) or None."""
         return self.base_layer.bias
 
+    def dropout_seed(self, x: Tensor) -> Tensor | None:
+        """A fresh int64 seed on x's device, drawn from PyTorch's generator; None where nothing is dropped."""
+        if not self.training or self.dropout == 0.0:
+            return None
+        return torch.randint(_SEED_RANGE, (), dtype=torch.int64, device=x.device)
+
+    @property
+    def base_runs_itself(self) -> bool:
+        """Whether the base has a forward of its own (a subclass of nn.Linear, or one that was replaced): it is called then."""
+        base = self.base_layer
+        return type(base).forward is not nn.Linear.forward or "forward" in vars(base)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). Inside a path pass alpha and the rows' destinations come from the shared context."""
         context = self.context
@@ -146,9 +160,9 @@ class FusedSVDLinear(nn.Module):
         training = self.training and torch.is_grad_enabled()
         if training and self.slot == 0 and context.train_groups != 0:
             context.check_stepped()
-        seed = None
-        if self.training and self.dropout > 0.0:
-            seed = torch.randint(_SEED_RANGE, (), dtype=torch.int64, device=x.device)
+        S, seed = (None, None) if self.shared is None else self.shared.take(self, x)
+        if S is None:
+            seed = self.dropout_seed(x)
         path = None if context.path_start is None else context.accumulators[self.slot]
         factors: tuple[Tensor, Tensor, Tensor] = (self.lora_P, self.lora_E, self.lora_Q)
         if context.train_groups == 0:
@@ -158,21 +172,20 @@ class FusedSVDLinear(nn.Module):
                 self.lora_E.detach(),
                 self.lora_Q.detach(),
             )
-        return svd_linear(
-            x,
-            self.base_layer.weight,
-            self.base_layer.bias,
-            *factors,
-            self.mask,
-            context.alpha,
-            scale=self.scale,
-            dropout_p=self.dropout,
-            seed=seed,
-            train_groups=context.train_groups,
-            path_start=context.path_start,
-            path_weight=context.path_weight,
-            path=path,
-        )
+        options: dict[str, Any] = {
+            "scale": self.scale,
+            "dropout_p": self.dropout,
+            "seed": seed,
+            "S": S,
+            "train_groups": context.train_groups,
+            "path_start": context.path_start,
+            "path_weight": context.path_weight,
+            "path": path,
+        }
+        if self.base_runs_itself:
+            return svd_update(self.base_layer(x), x, *factors, self.mask, context.alpha, **options)
+        base = self.base_layer
+        return svd_linear(x, base.weight, base.bias, *factors, self.mask, context.alpha, **options)
 
     def delta_weight(self) -> Tensor:
         """``s * sum_i m_i lambda_i p_i q_i^T``, (out, in), in the masters' dtype."""
@@ -220,6 +233,7 @@ class FusedSVDLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A pickle holds this layer's rows only, not the whole bank that its parameters are views of."""
         state = self.__dict__.copy()
+        state["shared"] = None  # a bank groups its layers anew
         state["_parameters"] = {
             name: nn.Parameter(param.detach().clone(), requires_grad=param.requires_grad)
             for name, param in self.named_parameters(recurse=False)
@@ -234,6 +248,8 @@ class FusedSVDLinear(nn.Module):
         for key, value in self.__dict__.items():
             if key == "_buffers":
                 value = {k: v.clone() for k, v in value.items()}
+            if key == "shared":
+                value = None  # a bank groups its layers anew
             twin.__dict__[key] = copy.deepcopy(value, memo)
         return twin
 

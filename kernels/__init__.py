@@ -12,5 +12,15 @@ if __name__ != "kernels":
     from .orthogonality import orthogonality_grad_
     from .philox import dropout_keep_mask
     from .svd_linear import svd_linear
+    from .svd_project import svd_project
+    from .svd_update import svd_update
 
-    __all__ = ["allocate_triplets", "dropout_keep_mask", "importance_update", "orthogonality_grad_", "svd_linear"]
+    __all__ = [
+        "allocate_triplets",
+        "dropout_keep_mask",
+        "importance_update",
+        "orthogonality_grad_",
+        "svd_linear",
+        "svd_project",
+        "svd_update",
+    ]

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from ..traffic import Traffic
 from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank, processors
-from .project import MEMBERS
+from .project import MEMBERS, members
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
 from .tiles import keep_tile
 
 
-def config(family: str, itemsize: int, BLOCK_R: int, members: int) -> Tile:
+def config(family: str, itemsize: int, BLOCK_R: int, count: int) -> Tile:
     """Columns of x per program: the float32 accumulators of all members stay within 64 registers a thread."""
-    width = BLOCK_R * members
+    width = BLOCK_R * count
     if itemsize == 4:
-        return Tile(BLOCK_M=32, BLOCK_K=64 if width <= 192 else 32, num_warps=8 if width > 64 else 4, num_stages=2)
-    BLOCK_K = 128 if width <= 128 else 64 if width <= 384 else 32
+        return Tile(BLOCK_M=32, BLOCK_K=64 if width <= 96 else 32, num_warps=8 if width > 64 else 4, num_stages=1)
+    BLOCK_K = 128 if width <= 128 else 64 if width <= 256 else 32
     stages = 2 if family in ("sm_86", "sm_120") or width > 384 else 3
     return Tile(
         BLOCK_M=64 if width <= 384 else 32, BLOCK_K=BLOCK_K, num_warps=8 if width > 32 else 4, num_stages=stages
@@ -138,11 +138,11 @@ def launch_dq_pass(
 ) -> None:
     """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first."""
     M, K = x2.shape
-    members = len(Gs)
+    count = len(Gs)
     threshold, keep_scale = keep_arguments(seed, dropout_p)
 
     def each(values: list) -> list:
-        return [*values, *([values[0]] * (MEMBERS - members))]
+        return [*values, *([values[0]] * (MEMBERS - count))]
 
     _dq_pass_kernel[(cdiv(K, tile.BLOCK_K), segments.splits)](
         x2,
@@ -160,7 +160,7 @@ def launch_dq_pass(
         *segments.numbers,
         threshold,
         keep_scale,
-        MEMBERS=members,
+        MEMBERS=count,
         HAS_ALPHA=alpha is not None,
         HAS_WEIGHT=path_weight is not None,
         DROPOUT=threshold > 0,
@@ -212,7 +212,7 @@ def specimens(family: str) -> list[Specimen]:
     for dtype in (torch.bfloat16, torch.float32):
         name = TYPE_NAMES[dtype]
         for BLOCK_R in (16, 32, 64, 128, 256):
-            for members, mixed in ((1, False), (1, True), (MEMBERS, True)):
+            for count, mixed in sorted({(1, False), (1, True), (members(BLOCK_R), True)}):
                 types = {"x_ptr": f"*{name}", "alpha_ptr": "*fp32", "weight_ptr": "*fp32", "seed_ptr": "*i64"}
                 types |= {f"g{i}_ptr": f"*{name}" for i in range(3)} | {f"part{i}_ptr": "*fp32" for i in range(3)}
                 types |= {f"{kind}": "i32" for i in range(3) for kind in (f"R{i}", f"G{i}_COLS")}
@@ -220,14 +220,14 @@ def specimens(family: str) -> list[Specimen]:
                     ("M", "K", "stride_xm", "rows_per_group", "threshold", *SEGMENT_ARGUMENTS), "i32"
                 ) | {"keep_scale": "fp32"}
                 constants = {
-                    "MEMBERS": members,
+                    "MEMBERS": count,
                     "HAS_ALPHA": mixed,
                     "HAS_WEIGHT": mixed,
                     "DROPOUT": False,
                     "PRECISION": dot_precision(dtype),
                     "BLOCK_R": BLOCK_R,
                 }
-                label = f"dq pass {name} r{BLOCK_R} x{members}{' mixed' if mixed else ''}"
-                tile = config(family, dtype.itemsize, BLOCK_R, members)
+                label = f"dq pass {name} r{BLOCK_R} x{count}{' mixed' if mixed else ''}"
+                tile = config(family, dtype.itemsize, BLOCK_R, count)
                 found.append(tile.specimen(label, _dq_pass_kernel, types, constants))
     return found

@@ -23,8 +23,9 @@ from .tiles import coefficients, group_factor
 def config(family: str, itemsize: int, BLOCK_R: int) -> Tile:
     """As many columns as registers allow: each block of columns leaves one set of partial sums."""
     if itemsize == 4:
-        return Tile(BLOCK_M=32, BLOCK_N=64, num_warps=4 if BLOCK_R <= 64 else 8, num_stages=2)
-    BLOCK_N = 256 if BLOCK_R <= 32 else 128 if BLOCK_R <= 128 else 64
+        BLOCK_M, BLOCK_N = (32, 64 if BLOCK_R <= 32 else 32) if BLOCK_R <= 128 else (16, 32)
+        return Tile(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4 if BLOCK_R <= 16 else 8, num_stages=1)
+    BLOCK_N = 256 if BLOCK_R <= 32 else 128 if BLOCK_R <= 64 else 64 if BLOCK_R <= 128 else 32
     stages = 2 if family in ("sm_86", "sm_120") else 3
     return Tile(BLOCK_M=64 if BLOCK_R <= 128 else 32, BLOCK_N=BLOCK_N, num_warps=8, num_stages=stages)
 
@@ -91,7 +92,7 @@ def _dy_pass_kernel(
                 s = (s * factor[:, None]).to(dtype)
             acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M) @ (BLOCK_M, BLOCK_R)
     if WANT_DP:
-        acc = acc * coefficients(e_ptr, mask_ptr, R, scale, BLOCK_R)[None, :]
+        acc = acc * coefficients(e_ptr, mask_ptr, 0, R, scale, BLOCK_R)[None, :]
         tl.store(part_dp_ptr + split.to(tl.int64) * R * N + at_p, acc, mask=inside_p)
 
 
@@ -215,7 +216,7 @@ def _ds_sum_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for block in range(blocks):
         total += tl.load(part_ptr + tl.cast(block, tl.int64) * M * S_COLS + at, mask=inside, other=0.0)
-    c = coefficients(e_ptr, mask_ptr, R, scale, BLOCK_R)
+    c = coefficients(e_ptr, mask_ptr, 0, R, scale, BLOCK_R)
     tl.store(g_ptr + at, (total * c[None, :]).to(g_ptr.dtype.element_ty), mask=inside)
     if WANT_DE:
         product = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32) * total
@@ -232,8 +233,8 @@ def _ds_sum_kernel(
 
 
 def ds_tile(BLOCK_R: int) -> Tile:
-    """Tile of the small second launch: 4096 numbers."""
-    return Tile(BLOCK_M=4096 // BLOCK_R, num_warps=4, num_stages=2)
+    """Tile of the small second launch: 1024 numbers."""
+    return Tile(BLOCK_M=max(1024 // BLOCK_R, 8), num_warps=2, num_stages=2)
 
 
 def launch_ds_sum(

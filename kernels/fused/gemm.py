@@ -22,11 +22,16 @@ DESCRIPTOR_FAMILIES = ("sm_90", "sm_100", "sm_120")
 _UNSPECIALISED = ["M", "R", "rows_per_group", "threshold"]
 
 
+def rank_tile(R: int, itemsize: int) -> int:
+    """Triplets taken at once: a bucket's all, up to a limit that keeps registers independent of the rank."""
+    return min(block_rank(R), 64 if itemsize == 2 else 32)
+
+
 def config(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool) -> Tile:
     """Default tiles; a wide rank bucket narrows them, since its two tiles share registers and memory with the accumulator."""
     if itemsize == 4:
-        return Tile(64, 64, 32, 8, num_warps=4, num_stages=2)
-    wide = BLOCK_R > 64
+        return Tile(64, 64, 32, 8, num_warps=8, num_stages=2)
+    wide = BLOCK_R > 32
     if family in ("sm_90", "sm_100"):
         return Tile(128, 128 if wide else 256, 64, 8, num_warps=8, num_stages=3)
     if family == "sm_80":
@@ -47,7 +52,7 @@ def candidates(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool) -
     if itemsize == 4:
         return [default]
     others = [Tile(128, 128, 64, 8, 8, 3), Tile(128, 64, 64, 8, 4, 3), Tile(64, 128, 64, 8, 4, 3)]
-    if family in ("sm_86", "sm_120"):
+    if family in ("sm_80", "sm_86", "sm_120"):
         others = [Tile(128, 64, 32, 8, 4, 3), Tile(64, 128, 32, 8, 4, 3)]
     return [default, *(tile for tile in others if tile != default)]
 
@@ -92,14 +97,15 @@ def _add_rank_term(
     BLOCK_R: tl.constexpr,
 ):
     columns = first_column + tl.arange(0, BLOCK_N)
-    t = rank_rows(s_ptr, alpha_ptr, rows, M, S_COLS, rows_per_group, HAS_ALPHA, BLOCK_R)
-    f = rank_columns(f_ptr, e_ptr, mask_ptr, columns, N, R, scale, HAS_COEF, BLOCK_R, DTYPE)
-    if DROPOUT:
-        term = tl.dot(t, f, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
-        keep = keep_tile(seed_ptr, rows, first_column, N, threshold, BLOCK_N)
-        acc += tl.where(keep, term * keep_scale, 0.0)
-    else:
-        acc = tl.dot(t, f, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+    for first in tl.range(0, R, BLOCK_R, num_stages=1):
+        t = rank_rows(s_ptr, alpha_ptr, rows, first, M, S_COLS, rows_per_group, HAS_ALPHA, BLOCK_R)
+        f = rank_columns(f_ptr, e_ptr, mask_ptr, columns, first, N, R, scale, HAS_COEF, BLOCK_R, DTYPE)
+        if DROPOUT:
+            term = tl.dot(t, f, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+            keep = keep_tile(seed_ptr, rows, first_column, N, threshold, BLOCK_N)
+            acc += tl.where(keep, term * keep_scale, 0.0)
+        else:
+            acc = tl.dot(t, f, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     return acc
@@ -303,7 +309,7 @@ def launch_gemm_rank(
         "HAS_ALPHA": alpha is not None,
         "DROPOUT": threshold > 0,
         "PRECISION": dot_precision(A.dtype),
-        "BLOCK_R": block_rank(R),
+        "BLOCK_R": rank_tile(R, A.element_size()),
         **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
     }
     tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
@@ -357,7 +363,7 @@ def traffic_gemm_rank(
         loaded=(blocks_n * (M * K + M * columns) + blocks_m * N * K) * itemsize
         + blocks_m * 4 * R * N
         + tiles * (vectors + seed_bytes)
-        + (4 * blocks_n * M if groups else 0)
+        + (4 * blocks_n * M * cdiv(R, rank_tile(R, itemsize)) if groups else 0)
         + (blocks_m * N * itemsize if bias else 0),
         stored=M * N * itemsize,
         flops=2 * M * N * (K + R),
@@ -369,7 +375,7 @@ def specimens(family: str) -> list[Specimen]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         name = TYPE_NAMES[dtype]
-        for BLOCK_R in (16, 32, 64, 128, 256):
+        for BLOCK_R in (16, 32, 64) if dtype.itemsize == 2 else (16, 32):
             for descriptors in (False, True):
                 if descriptors and (family not in DESCRIPTOR_FAMILIES or dtype == torch.float32):
                     continue

@@ -16,20 +16,27 @@ from ..traffic import Traffic
 from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank, processors
 from .tiles import keep_tile
 
-MEMBERS = 3  # layers one launch serves
+MEMBERS = 3  # layers one launch can serve
 
 
-def config(family: str, itemsize: int, BLOCK_R: int, members: int) -> Tile:
+def members(BLOCK_R: int) -> int:
+    """Layers of a rank bucket that one launch serves: the widest ranks fill the registers alone."""
+    return MEMBERS if BLOCK_R <= 128 else 1
+
+
+def config(family: str, itemsize: int, BLOCK_R: int, count: int) -> Tile:
     """Tile sizes: the float32 accumulators of all members stay within 64 registers a thread."""
-    width = BLOCK_R * members
-    warps = 4 if width <= 64 else 8
-    BLOCK_M = 64 if width <= 128 else 32 if width <= 384 else 16
+    width = BLOCK_R * count
+    few = 64 if family in ("sm_80", "sm_86", "sm_120") else 48  # factors of mma.sync lie in registers
+    warps = 4 if width <= few else 8
+    BLOCK_M = 64 if width <= (128 if itemsize == 2 else 64) else 32 if itemsize == 2 or width <= 256 else 16
     BLOCK_K = (64 if width <= 256 else 32) // (itemsize // 2)
     small = family in ("sm_86", "sm_120")
-    return Tile(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, num_warps=warps, num_stages=3 if small or width > 128 else 4)
+    stages = 4 if width <= 128 else 3
+    return Tile(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, num_warps=warps, num_stages=stages - 1 if small else stages)
 
 
-_UNSPECIALISED = ["M", "R0", "R1", "R2", "k_per_split", "threshold"]
+_UNSPECIALISED = ["M", "R0", "R1", "R2", "tiles_per_split", "threshold"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -51,7 +58,7 @@ def _project_kernel(
     S1_COLS,
     S2_COLS,
     stride_xm,
-    k_per_split,
+    tiles_per_split,
     threshold,
     keep_scale,
     MEMBERS: tl.constexpr,
@@ -68,8 +75,9 @@ def _project_kernel(
     acc0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    first = split * k_per_split
-    for k in range(first, tl.minimum(first + k_per_split, K), BLOCK_K):
+    first = split * tiles_per_split
+    for tile in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(K, BLOCK_K))):
+        k = tile * BLOCK_K
         columns = k + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + columns[None, :], mask=(rows[:, None] < M) & (columns[None, :] < K), other=0.0)
         if DROPOUT:
@@ -132,11 +140,11 @@ _SUM_BLOCK = 1024
 
 
 def _splits(M: int, K: int, tile: Tile, device: torch.device) -> tuple[int, int]:
-    """(splits, columns in each): as many as keep all processors busy, none below 8 tiles of K."""
+    """(splits, tiles of K in each): as many as keep all processors busy, none below 8 tiles."""
     wanted = max(processors(device) // cdiv(M, tile.BLOCK_M), 1)
     tiles = cdiv(K, tile.BLOCK_K)
-    per_split = max(cdiv(tiles, wanted), min(8, tiles)) * tile.BLOCK_K
-    return cdiv(K, per_split), per_split
+    per_split = max(cdiv(tiles, wanted), min(8, tiles))
+    return cdiv(tiles, per_split), per_split
 
 
 def launch_project(
@@ -212,19 +220,19 @@ def specimens(family: str) -> list[Specimen]:
     for dtype in (torch.bfloat16, torch.float32):
         name, size = TYPE_NAMES[dtype], dtype.itemsize
         for BLOCK_R in (16, 32, 64, 128, 256):
-            for members in (1, MEMBERS):
-                tile = config(family, size, BLOCK_R, members)
+            for count in sorted({1, members(BLOCK_R)}):
+                tile = config(family, size, BLOCK_R, count)
                 types = {"x_ptr": f"*{name}", "seed_ptr": "*i64", "keep_scale": "fp32"}
                 types |= {f"q{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": f"*{name}" for i in range(3)}
                 types |= {f"R{i}": "i32" for i in range(3)} | {f"S{i}_COLS": "i32" for i in range(3)}
-                types |= dict.fromkeys(("M", "K", "stride_xm", "k_per_split", "threshold"), "i32")
+                types |= dict.fromkeys(("M", "K", "stride_xm", "tiles_per_split", "threshold"), "i32")
                 constants = {
-                    "MEMBERS": members,
+                    "MEMBERS": count,
                     "DROPOUT": False,
                     "PRECISION": dot_precision(dtype),
                     "BLOCK_R": BLOCK_R,
                 }
-                found.append(tile.specimen(f"project {name} r{BLOCK_R} x{members}", _project_kernel, types, constants))
+                found.append(tile.specimen(f"project {name} r{BLOCK_R} x{count}", _project_kernel, types, constants))
     types = {f"part{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": "*bf16" for i in range(3)}
     types |= {f"S{i}_COLS": "i32" for i in range(3)} | {"M": "i32", "splits": "i32"}
     found.append(Specimen("sum splits", _sum_splits_kernel, types, {"BLOCK": _SUM_BLOCK}, num_warps=4, dots=False))

@@ -16,9 +16,14 @@ from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision,
 from .gemm import _add_rank_term
 
 
-def config(family: str, itemsize: int, BLOCK_R: int) -> Tile:
+def _rank_tile(R: int) -> int:
+    """Triplets taken at once: few registers, many programs in flight."""
+    return min(block_rank(R), 32)
+
+
+def config(family: str, itemsize: int) -> Tile:
     """Small tiles: the kernel waits for memory, so that many programs in flight count."""
-    return Tile(BLOCK_M=64, BLOCK_N=64 if itemsize == 4 or BLOCK_R > 128 else 128, num_warps=4, num_stages=1)
+    return Tile(BLOCK_M=64, BLOCK_N=64 if itemsize == 4 else 128, num_warps=8 if itemsize == 4 else 4, num_stages=1)
 
 
 @triton.jit(do_not_specialize=["M", "R", "rows_per_group", "threshold"])
@@ -130,7 +135,7 @@ def launch_rank_term(
         HAS_ALPHA=alpha is not None,
         DROPOUT=threshold > 0,
         PRECISION=dot_precision(out.dtype),
-        BLOCK_R=block_rank(R),
+        BLOCK_R=_rank_tile(R),
         **tile.blocks("BLOCK_M", "BLOCK_N"),
     )
 
@@ -166,7 +171,7 @@ def traffic_rank_term(
         + blocks_n * M * columns * itemsize
         + blocks_m * 4 * R * N
         + blocks_m * blocks_n * (vectors + seed_bytes)
-        + (4 * blocks_n * M if groups else 0)
+        + (4 * blocks_n * M * cdiv(R, _rank_tile(R)) if groups else 0)
         + (blocks_m * N * itemsize if bias else 0),
         stored=M * N * itemsize,
         flops=2 * M * N * R,
@@ -178,8 +183,8 @@ def specimens(family: str) -> list[Specimen]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         name = TYPE_NAMES[dtype]
-        for BLOCK_R in (16, 32, 64, 128, 256):
-            tile = config(family, dtype.itemsize, BLOCK_R)
+        for BLOCK_R in (16, 32):
+            tile = config(family, dtype.itemsize)
             types = dict.fromkeys(("base_ptr", "out_ptr", "s_ptr", "bias_ptr"), f"*{name}")
             types |= dict.fromkeys(("f_ptr", "e_ptr", "mask_ptr", "alpha_ptr"), "*fp32") | {"seed_ptr": "*i64"}
             types |= dict.fromkeys(("M", "N", "R", "S_COLS", "rows_per_group", "threshold"), "i32")

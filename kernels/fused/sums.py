@@ -89,16 +89,20 @@ def launch_sum_partials(jobs: list[Job]) -> None:
     """Finish up to three jobs."""
     blocks = cdiv(max(job.numel for job in jobs), _BLOCK)
     each = [*jobs, *([jobs[0]] * (JOBS - len(jobs)))]
+    accs = [None if job.acc is None else job.acc.contiguous() for job in each]
     _sum_partials_kernel[(blocks, len(jobs))](
         *(job.part for job in each),
         *(job.out for job in each),
-        *(job.acc for job in each),
+        *accs,
         *(job.stride for job in each),
         *(job.numel for job in each),
         *(job.count0 for job in each),
         *(job.count1 for job in each),
         BLOCK=_BLOCK,
     )
+    for job, acc in zip(jobs, accs, strict=False):
+        if job.acc is not None and acc is not None and not job.acc.is_contiguous():
+            job.acc.copy_(acc)
 
 
 def traffic_sum_partials(jobs: list[tuple[int, int, int, bool, bool]]) -> Traffic:

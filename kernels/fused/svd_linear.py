@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import Ranges, empty_results, flat_alpha, group_count, rows_first
+from ..rows import Ranges, empty_results, group_count, rows_first
 from . import dq_pass, dy_pass, rank_term
 from . import project as projection
 from .common import block_rank, cdiv, family, padded_rank
@@ -23,6 +23,11 @@ def _aligned_rows(t: Tensor) -> Tensor:
     """(..., K) as (M, K) with neighbouring columns; a copy where the storage says otherwise."""
     rows = rows_first(t)
     return rows if rows.stride(-1) == 1 and rows.stride(0) >= rows.shape[1] else rows.contiguous()
+
+
+def _vector(t: Tensor | None) -> Tensor | None:
+    """() or (n,) as (n,) neighbours in memory, as kernels read what each group, triplet or column has one of."""
+    return None if t is None else t.reshape(-1).contiguous()
 
 
 def _padded(x: Tensor, rows: int, rank: int) -> Tensor:
@@ -52,9 +57,9 @@ def project(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) 
     x2 = _aligned_rows(x)
     out = [_padded(x2, x2.shape[0], Q.shape[0]) for Q in Qs]
     busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and x2.shape[0]]
-    for start in range(0, len(busy), projection.MEMBERS):
-        chosen = busy[start : start + projection.MEMBERS]
-        BLOCK_R = block_rank(max(Qs[i].shape[0] for i in chosen))
+    BLOCK_R = block_rank(max((Q.shape[0] for Q in Qs), default=0))
+    for start in range(0, len(busy), projection.members(BLOCK_R)):
+        chosen = busy[start : start + projection.members(BLOCK_R)]
         tile = projection.config(family(x.device), x.element_size(), BLOCK_R, len(chosen))
         masters = [Qs[i].contiguous() for i in chosen]
         projection.launch_project(x2, masters, [out[i] for i in chosen], seed, dropout_p, tile)
@@ -88,8 +93,8 @@ def forward(
     if x2.shape[0] == 0 or P.shape[0] == 0:
         y = torch.nn.functional.linear(x2, weight, bias)
     else:
-        coef = (E, mask, scale)
-        y = base_product(x2, weight, _widened(S), P, coef, flat_alpha(alpha), bias, None, 0.0, transposed=True)
+        coef = (E.contiguous(), mask.contiguous(), scale)
+        y = base_product(x2, weight, _widened(S), P, coef, _vector(alpha), _vector(bias), None, 0.0, transposed=True)
     return y.view((*x.shape[:-1], weight.shape[0])), saved
 
 
@@ -112,15 +117,15 @@ def update(
     saved = x.new_empty((0,)) if S is not None else project(x2, [Q], seed, dropout_p)[0]
     S = saved if S is None else S
     if x2.shape[0] and P.shape[0]:
-        tile = rank_term.config(family(x.device), x.element_size(), block_rank(P.shape[0]))
-        coef = (E, mask, scale)
+        tile = rank_term.config(family(x.device), x.element_size())
+        coef = (E.contiguous(), mask.contiguous(), scale)
         rank_term.launch_rank_term(
             rows_first(out),
             rows_first(y),
             _widened(S),
             P.contiguous(),
             coef,
-            flat_alpha(alpha),
+            _vector(alpha),
             None,
             None,
             0.0,
@@ -158,9 +163,9 @@ def backward(
     M, R = x2.shape[0], P.shape[0]
     rows = Ranges.of(M, group_count(alpha, path_weight), train_groups, path_start)
     sampled = rows.has_path and path_P is not None and M > 0 and R > 0
-    alpha = flat_alpha(alpha)
-    weights = path_weight.reshape(-1) if sampled and path_weight is not None else None
-    coef = (E, mask, scale)
+    alpha = _vector(alpha)
+    weights = _vector(path_weight) if sampled else None
+    coef = (E.contiguous(), mask.contiguous(), scale)
     wide_S = _widened(S)
     dx: Tensor | None
     dx = dW = db = dP = dE = dQ = None
@@ -182,7 +187,7 @@ def backward(
             dx = x2.new_zeros(x2.shape) if weight is None else dy2 @ weight
         elif weight is None:
             dx = torch.empty(x2.shape, dtype=x2.dtype, device=x2.device)
-            tile = rank_term.config(family(x.device), x.element_size(), block_rank(R))
+            tile = rank_term.config(family(x.device), x.element_size())
             rank_term.launch_rank_term(dx, None, G, Q.contiguous(), None, alpha, None, seed, dropout_p, tile)
         else:
             dx = base_product(dy2, weight, G, Q, None, alpha, None, seed, dropout_p, transposed=False)
@@ -290,8 +295,9 @@ def project_backward(
     sampled = bool(path_Qs) and rows.has_path and path_weight is not None
     results: list[Tensor | None] = [torch.zeros_like(Q) if needed and not Q.numel() * M else None for Q in Qs]
     busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and M] if needed or sampled else []
-    for start in range(0, len(busy), projection.MEMBERS):
-        chosen = busy[start : start + projection.MEMBERS]
+    together = projection.members(block_rank(max(Q.shape[0] for Q in Qs)))
+    for start in range(0, len(busy), together):
+        chosen = busy[start : start + together]
         for i in chosen:
             results[i] = torch.empty_like(Qs[i], memory_format=torch.contiguous_format) if needed else None
         jobs = _q_jobs(
@@ -300,8 +306,8 @@ def project_backward(
             [Qs[i].shape[0] for i in chosen],
             [results[i] for i in chosen],
             [path_Qs[i] if sampled else None for i in chosen],
-            flat_alpha(alpha),
-            path_weight.reshape(-1) if sampled and path_weight is not None else None,
+            _vector(alpha),
+            _vector(path_weight) if sampled else None,
             seed,
             dropout_p,
             rows,

@@ -19,9 +19,9 @@ def keep_tile(seed_ptr, rows, first, K, threshold, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def coefficients(e_ptr, mask_ptr, R, scale, BLOCK_R: tl.constexpr):
-    """(BLOCK_R,) float32: s * m * lambda, 0 beyond the rank."""
-    r = tl.arange(0, BLOCK_R)
+def coefficients(e_ptr, mask_ptr, first, R, scale, BLOCK_R: tl.constexpr):
+    """(BLOCK_R,) float32: s * m * lambda of the triplets from ``first`` on, 0 beyond the rank."""
+    r = first + tl.arange(0, BLOCK_R)
     e = tl.load(e_ptr + r, mask=r < R, other=0.0)
     return scale * e * tl.load(mask_ptr + r, mask=r < R, other=0.0)
 
@@ -33,9 +33,22 @@ def group_factor(factor_ptr, rows, M, rows_per_group):
 
 
 @triton.jit
-def rank_rows(s_ptr, alpha_ptr, rows, M, S_COLS, rows_per_group, HAS_ALPHA: tl.constexpr, BLOCK_R: tl.constexpr):
-    """(rows, BLOCK_R) of S or of its gradient, times alpha of the row's group, in their dtype. S_COLS is a multiple of 16."""
-    r = tl.arange(0, BLOCK_R)
+def rank_rows(
+    s_ptr,
+    alpha_ptr,
+    rows,
+    first,
+    M,
+    S_COLS,
+    rows_per_group,
+    HAS_ALPHA: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """(rows, BLOCK_R) of S or of its gradient from triplet ``first`` on, times alpha of the row's group, in their dtype.
+
+    ``first`` and S_COLS are multiples of 16.
+    """
+    r = first + tl.arange(0, BLOCK_R)
     inside = (rows[:, None] < M) & (r[None, :] < S_COLS)
     t = tl.load(s_ptr + rows.to(tl.int64)[:, None] * S_COLS + r[None, :], mask=inside, other=0.0)
     if HAS_ALPHA:
@@ -45,12 +58,22 @@ def rank_rows(s_ptr, alpha_ptr, rows, M, S_COLS, rows_per_group, HAS_ALPHA: tl.c
 
 @triton.jit
 def rank_columns(
-    f_ptr, e_ptr, mask_ptr, columns, N, R, scale, HAS_COEF: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr
+    f_ptr,
+    e_ptr,
+    mask_ptr,
+    columns,
+    first,
+    N,
+    R,
+    scale,
+    HAS_COEF: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """(BLOCK_R, columns) of the float32 masters P or Q, times s m lambda where HAS_COEF, rounded to the compute dtype."""
-    r = tl.arange(0, BLOCK_R)
+    """(BLOCK_R, columns) of the float32 masters P or Q from triplet ``first`` on, times s m lambda where HAS_COEF, in the compute dtype."""
+    r = first + tl.arange(0, BLOCK_R)
     inside = (r[:, None] < R) & (columns[None, :] < N)
     f = tl.load(f_ptr + r.to(tl.int64)[:, None] * N + columns[None, :], mask=inside, other=0.0)
     if HAS_COEF:
-        f = f * coefficients(e_ptr, mask_ptr, R, scale, BLOCK_R)[:, None]
+        f = f * coefficients(e_ptr, mask_ptr, first, R, scale, BLOCK_R)[:, None]
     return f.to(DTYPE)

@@ -1,0 +1,114 @@
+"""Layers that read one input: S of all of them comes from one pass over it, and so do their dQ (the q, k, v and gate, up of a block)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .kernels import svd_project
+
+if TYPE_CHECKING:
+    from .layers import FusedSVDLinear
+
+# Last parts of the names of sibling modules that models call with one tensor.
+SHARED_NAMES = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+
+class SharedInput:
+    """Adapted layers of one parent that are called with one tensor, one after the other.
+
+    The first to be called computes S for all; each takes its own. Which tensor it was is checked by identity at every call: members
+    found to be called with another one leave the group, and compute for themselves from then on.
+    """
+
+    def __init__(self, layers: list[FusedSVDLinear]) -> None:
+        self.layers = layers
+        self._x: Tensor | None = None
+        self._seed: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}
+        for layer in layers:
+            layer.shared = self
+
+    def take(self, layer: FusedSVDLinear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(S, dropout seed) of a layer for x; (None, None) when it is to compute them itself."""
+        if self._x is not x or layer.slot not in self._ready:
+            self._part_with_leftovers()
+            if layer.shared is None:
+                return None, None
+            if layer.shared is not self:
+                return layer.shared.take(layer, x)
+            self._start(x)
+        S, seed = self._ready.pop(layer.slot), self._seed
+        if not self._ready:
+            self._x = self._seed = None
+        return S, seed
+
+    def _start(self, x: Tensor) -> None:
+        first = self.layers[0]
+        context = first.context
+        self._seed = first.dropout_seed(x)
+        Qs: list[Tensor] = [layer.lora_Q for layer in self.layers]
+        if context.train_groups == 0:  # a pure path pass: no parameter in the graph, yet a backward
+            Qs = [Q.detach().requires_grad_(torch.is_grad_enabled()) for Q in Qs]
+        sampled = context.path_start is not None
+        S = svd_project(
+            x,
+            Qs,
+            context.alpha,
+            dropout_p=first.dropout,
+            seed=self._seed,
+            train_groups=context.train_groups,
+            path_start=context.path_start,
+            path_weight=context.path_weight,
+            path_Qs=[context.accumulators[layer.slot][2] for layer in self.layers] if sampled else None,
+        )
+        self._x = x
+        self._ready = {layer.slot: part for layer, part in zip(self.layers, S, strict=True)}
+
+    def _part_with_leftovers(self) -> None:
+        """Members that did not come for their S of the last input were called with another: they form a group of their own."""
+        if not self._ready:
+            return
+        left = [layer for layer in self.layers if layer.slot in self._ready]
+        stayed = [layer for layer in self.layers if layer.slot not in self._ready]
+        self._x = self._seed = None
+        self._ready = {}
+        for part in (left, stayed):
+            if len(part) > 1:
+                SharedInput(part)
+            else:
+                part[0].shared = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies carry no pass in flight."""
+        return {"layers": self.layers, "_x": None, "_seed": None, "_ready": {}}
+
+
+def share_inputs(names: list[str], layers: list[FusedSVDLinear]) -> None:
+    """Group the layers whose siblings read the same input, by the names of :data:`SHARED_NAMES` and their shapes.
+
+    Args:
+        names: full module names of the layers.
+    """
+    siblings: dict[str, dict[str, FusedSVDLinear]] = {}
+    for name, layer in zip(names, layers, strict=True):
+        layer.shared = None
+        parent, _, last = name.rpartition(".")
+        siblings.setdefault(parent, {})[last] = layer
+    for children in siblings.values():
+        for group in SHARED_NAMES:
+            found = [children[name] for name in group if name in children and children[name].r]
+            kinds = {(layer.in_features, layer.lora_Q.dtype, layer.dropout) for layer in found}
+            if len(found) > 1 and len(kinds) == 1:
+                SharedInput(found)

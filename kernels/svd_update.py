@@ -1,0 +1,203 @@
+"""The rank-r update of a base that runs its own forward: ``y + alpha * s * ((dropout(x) Q^T) * (m * lambda)) P``, in one pass over y.
+
+Contract. y and x share one compute dtype; masters, rounding of S, rows and determinism as in ``svd_linear``. y is read once and rounded
+once more. Eager calls write into y's own storage, compiled ones make a new tensor of the same numbers. The backward is that of
+``svd_linear`` without a base: y's gradient passes through untouched, the base runs its own backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import runs_fused
+from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
+from .rows import flat_alpha, group_count, keep_factor, rank_buffer, rows_first, times_per_group
+from .svd_linear import _svd_linear_bwd
+
+
+def _reference(
+    y: Tensor,
+    x: Tensor,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    out: Tensor,
+) -> Tensor:
+    """Fill ``out`` (y itself, or like it) and return S (M, r), empty where it was given."""
+    x2 = rows_first(x)
+    given = S is not None
+    if S is None:
+        keep = keep_factor(x2, seed, dropout_p)
+        S = (x2 if keep is None else x2 * keep) @ Q.to(x.dtype).t()  # (M, K) @ (K, r)
+    columns = (P * (scale * mask * E).unsqueeze(1)).to(x.dtype)
+    term = times_per_group(S, flat_alpha(alpha)) @ columns  # (M, r) @ (r, N)
+    torch.add(y, term.view(y.shape), out=out)
+    return x.new_empty((0,)) if given else S
+
+
+def _run(y: Tensor, x: Tensor, P: Tensor, *rest: Any) -> Tensor:
+    if runs_fused(x, P.shape[0]):
+        from .fused import svd_linear as fused
+
+        return fused.update(y, x, P, *rest)
+    return _reference(y, x, P, *rest)
+
+
+@torch.library.custom_op("igulora::svd_update", mutates_args=())
+def _svd_update(
+    y: Tensor,
+    x: Tensor,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None,
+    S: Tensor | None,
+    path_weight: Tensor | None,
+    path_P: Tensor | None,
+    path_E: Tensor | None,
+    path_Q: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    train_groups: int,
+    path_start: int,
+) -> tuple[Tensor, Tensor]:
+    """Returns the updated y and S ``(M, r)``; S empty where it was given."""
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return out, _run(y.contiguous(), x, P, E, Q, mask, alpha, S, seed, scale, dropout_p, out)
+
+
+@torch.library.custom_op("igulora::svd_update_", mutates_args=("y",))
+def _svd_update_(
+    y: Tensor,
+    x: Tensor,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Updates y, which is contiguous; returns S ``(M, r)``, empty where it was given."""
+    return _run(y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p, y)
+
+
+@_svd_update.register_fake
+def _(y, x, P, E, Q, mask, alpha, S, *_rest):
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return (
+        torch.empty_like(y, memory_format=torch.contiguous_format),
+        rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,)),
+    )
+
+
+@_svd_update_.register_fake
+def _(y, x, P, E, Q, mask, alpha, S, *_rest):
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,))
+
+
+def _save(ctx, inputs, saved):
+    _y, x, P, E, Q, mask, alpha, S, path_weight, *accumulators, seed = inputs[:13]
+    ctx.save_for_backward(saved if S is None else S, x, P, E, Q, mask, alpha, path_weight, seed)
+    ctx.accumulators = accumulators  # written to, not read
+    ctx.given = S is not None
+    ctx.scalars = inputs[13:17]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy):
+    """Of the 17 inputs of the functional operator."""
+    if dy is None:
+        return (None,) * 17
+    wanted = ctx.needs_input_grad
+    S, x, *masters, alpha, path_weight, seed = ctx.saved_tensors
+    trains = ctx.scalars[2] > 0
+    factors = (*(wanted[i] and trains for i in (2, 3)), wanted[4] and trains and not ctx.given)
+    needs = [wanted[1], False, False, *factors, ctx.given]
+    grads = _svd_linear_bwd(dy, S, x, None, *masters, alpha, path_weight, *ctx.accumulators, seed, *ctx.scalars, needs)
+    dx, _, _, dP, dE, dQ, dS = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return dy, dx, dP, dE, dQ, None, None, dS, *(None,) * 9
+
+
+def _setup_context(ctx, inputs, output):
+    _save(ctx, inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+_svd_update.register_autograd(lambda ctx, dy, _dS: _gradients(ctx, dy), setup_context=_setup_context)
+
+
+class _InPlace(torch.autograd.Function):
+    """The update written into y's own storage."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, x, P, E, Q, mask, alpha, S, _weight, _path_P, _path_E, _path_Q, seed, scale, dropout_p = inputs[:15]
+        saved = _svd_update_(y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p)
+        ctx.mark_dirty(y)
+        _save(ctx, inputs, saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _gradients(ctx, dy)
+
+
+def svd_update(
+    y: Tensor,
+    x: Tensor,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    S: Tensor | None = None,
+    train_groups: int | None = None,
+    path_start: int | None = None,
+    path_weight: Tensor | None = None,
+    path: Path | None = None,
+) -> Tensor:
+    """Add the adapter's update to what a base returned for x (ALGORITHMS section 1; IGU-LoRA Eq. 2); y is overwritten where possible.
+
+    Args:
+        y: (..., out), the base's output: not a leaf that requires gradients, and not needed by the base's own backward.
+        x: (..., in); converted to y's dtype. Others: as in ``svd_linear``.
+
+    Returns:
+        y plus the update: y itself in eager calls on contiguous storage, else a new tensor.
+
+    Raises:
+        TypeError, ValueError: as ``svd_linear`` does.
+    """
+    x = x.to(y.dtype)
+    check_input(x, Q.shape[-1], group_count(alpha, path_weight))
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"expected y and x of one leading shape, got {tuple(y.shape)} and {tuple(x.shape)}")
+    check_masters(y.shape[-1], Q.shape[-1], P, E, Q, mask)
+    check_device(x, {"y": y, "P": P, "E": E, "Q": Q, "mask": mask, "alpha": alpha, "S": S})
+    check_dropout(dropout_p)
+    train_groups, path_start = check_rows(alpha, path_weight, train_groups, path_start, path is not None)
+    accumulators = path if path is not None else (None, None, None)
+    inputs = (y, x, P, E, Q, mask, alpha, S, path_weight, *accumulators, seed)
+    inputs += (float(scale), float(dropout_p), train_groups, path_start)
+    if torch.compiler.is_compiling() or not y.is_contiguous():
+        return _svd_update(*inputs)[0]
+    return _InPlace.apply(*inputs)
