@@ -135,3 +135,8 @@ def scalar_dots(ttgir: str) -> int:
 def widest(counts: dict[str, int]) -> int:
     """Bytes of the widest access; 0 if there is none."""
     return max(map(width_bytes, counts), default=0)
+
+
+def shown(counts: dict[str, int]) -> str:
+    """The widest access as tables show it."""
+    return "–" if not counts else "TMA" if TMA in counts else str(widest(counts))

@@ -5,10 +5,9 @@
     python benchmarks/compile_report.py --check                  # exit code 1 and a list if a kernel breaks a rule
     make compile-report TRITON=3.6.0                             # check with that Triton, in an environment of its own; keep the result
 
-The rules: no stack, shared memory within the architecture's limit, products on tensor cores, 16-byte global accesses on aligned inputs
-(the
-widest load and store, and every source line that moves a tile large enough), no atomics. AMD's gfx942 is compiled and shown but held
-to no rule.
+The rules: no stack, shared memory within the architecture's limit, products on tensor cores, no atomics, and 16-byte global accesses on
+aligned inputs: the widest load, the widest store, and those of every source line that moves a tile large enough. AMD's gfx942 is compiled
+and shown but held to no rule.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from assembly import TMA, widest
+from assembly import shown
 from compiled import ARCHITECTURES, Row, breaches, compile_specimen
 
 from igulora.kernels import fused
@@ -161,7 +160,8 @@ def cells(row: Row) -> list[str]:
         str(row.stack),
         f"{row.shared / 1024:.1f}",
         tensor,
-        *("–" if not counts else "TMA" if TMA in counts else f"{widest(counts)}" for counts in (row.loads, row.stores)),
+        shown(row.loads),
+        shown(row.stores),
         f"{row.occupancy:.0f} ({row.bound})",
     ]
 
@@ -219,7 +219,8 @@ def report(jobs: list[Job], outcomes: dict[Job, Outcome], missing: list[str]) ->
         {"rule": "every kernel in a specimen", "label": name, "arch": "any", "found": "in none"} for name in missing
     ]
     for job in jobs:
-        outcome, (_, label, arch) = outcomes[job], job
+        outcome = outcomes[job]
+        _, label, arch = job
         if isinstance(outcome, str):
             failed.append({"label": label, "arch": arch, "reason": outcome})
             if not arch.startswith("gfx"):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from assembly import TMA, widest
+from assembly import shown
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "compile"
@@ -63,7 +63,6 @@ def of_architecture(records: list[dict[str, Any]], arch: str) -> str:
     by_version = [{row["label"]: row for row in record["rows"] if row["arch"] == arch} for record in records]
     lines = []
     for label, row in by_version[-1].items():
-        accesses = ("–" if not c else "TMA" if TMA in c else str(widest(c)) for c in (row["loads"], row["stores"]))
         lines.append(
             [
                 label,
@@ -71,7 +70,8 @@ def of_architecture(records: list[dict[str, Any]], arch: str) -> str:
                 "/".join(str(rows[label]["registers"]) if label in rows else "–" for rows in by_version),
                 f"{row['shared'] / 1024:.1f}",
                 ", ".join(f"{name} ×{n}" for name, n in row["tensor"].items()) or "–",
-                *accesses,
+                shown(row["loads"]),
+                shown(row["stores"]),
                 f"{row['occupancy']:.0f} ({row['bound']})",
             ]
         )

@@ -261,3 +261,31 @@ def test_a_filter_that_leaves_nothing_is_an_error() -> None:
     done = report("--kernel", "no such kernel", "--arch", "sm_80", "--check")
     assert done.returncode == 2
     assert "found none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "archs", [("sm_80", "sm_90"), pytest.param(("sm_86", "sm_100", "sm_120"), marks=pytest.mark.slow)], ids=" ".join
+)
+def test_shipped_kernels_break_no_rule(archs: tuple[str, ...]) -> None:
+    done = report("--arch", *archs, "--check")
+    assert done.returncode == 0, done.stdout.partition("rules broken")[2] + done.stderr
+
+
+def test_kept_reports_are_clean_and_of_the_shipped_configurations(scripts: dict[str, ModuleType]) -> None:
+    """The tests above compile with one Triton; that others compile the same kernels is on record."""
+    names = scripts["compile_report"].module_names(None)
+    loaded = [importlib.import_module(name) for name in names]
+    kinds = [name for name in scripts["compiled"].ARCHITECTURES if name.startswith("sm_")]
+    shipped = {
+        (label, arch) for m in loaded for arch in kinds for label in scripts["compile_report"].specimens(m, arch)
+    }
+    records = scripts["render_compiled"].read(RESULTS)
+    for record in records:
+        kept = {(row["label"], row["arch"]) for row in record["rows"] if row["arch"] in kinds}
+        why = f"run `make compile-report TRITON={record['versions']['triton']}`"
+        assert kept == shipped, why
+        assert record["breaches"] == [], why
+    releases = [record["versions"]["triton"] for record in records]
+    assert releases[0].startswith("3.6.")
+    assert len(releases) >= 2
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == scripts["render_compiled"].page(records)
