@@ -72,7 +72,8 @@ def _missing(device: torch.device) -> str | None:
     return f"tensors lie on a device of type {device.type!r}"
 
 
-def _reason(like: Tensor, rank: int) -> str | None:
+def obstacle(like: Tensor, rank: int) -> str | None:
+    """Why no kernel can run on tensors of this device and dtype, and of this rank; None where one can."""
     missing = _missing(like.device)
     if missing is not None:
         return missing
@@ -101,7 +102,7 @@ def runs_fused(like: Tensor, rank: int = 0) -> bool:
     forced = _forced[-1] if _forced else _from_environment()
     if forced == "reference" or (forced is None and like.device.type == "cpu" and not interpreting()):
         return False
-    reason = _reason(like, rank)
+    reason = obstacle(like, rank)
     if reason is None:
         return True
     if forced == "triton":

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import export, finetune, inspect
+from .. import kernels
+from . import export, finetune, inspect, tune
 
-_PACKAGE = str(Path(__file__).resolve().parents[1])
+# Two folders where igulora is installed in place.
+_PACKAGES = (str(Path(__file__).resolve().parents[1]), str(Path(kernels.__file__).resolve().parent))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"igulora {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (finetune, inspect, export):
+    for module in (finetune, inspect, export, tune):
         sub = module.add_parser(subparsers)
         sub.set_defaults(run=module.run)
         sub.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -51,7 +53,7 @@ def _ours(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(Path(trace.tb_frame.f_code.co_filename).resolve()).startswith(_PACKAGE)
+    return trace is not None and str(Path(trace.tb_frame.f_code.co_filename).resolve()).startswith(_PACKAGES)
 
 
 def _complain(text: str) -> None:

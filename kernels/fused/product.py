@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import gemm, rank_term
 from .choice import Product, choose
-from .common import block_rank, family
+from .common import family
 
 Coef = tuple[Tensor, Tensor, float]
 
@@ -24,15 +24,21 @@ def base_product(
     dropout_p: float,
     *,
     transposed: bool,
+    temporary: bool = False,
     product: Product | None = None,
 ) -> Tensor:
-    """``A W^T`` or ``A W`` plus the rank term, by the form measured or assumed to be fastest, or by the one that is given."""
+    """``A W^T`` or ``A W`` plus the rank term, by the form measured or assumed to be fastest, or by the one that is given.
+
+    ``temporary`` says that the weight was made for this product (dequantised), which admits the form that copies it.
+    """
     weight = weight if weight.stride() == (weight.shape[1], 1) else weight.contiguous()
     F = F.contiguous()
-    product = product or choose(A, weight, F, transposed=transposed)
+    if product is None:
+        dropout = seed is not None and dropout_p > 0.0
+        product = choose(A, weight, F, transposed=transposed, temporary=temporary, dropout=dropout)
     if product.form == "library":
         out = torch.empty((A.shape[0], F.shape[1]), dtype=A.dtype, device=A.device)
-        tile = rank_term.config(family(A.device), A.element_size(), block_rank(F.shape[0]))
+        tile = rank_term.config(family(A.device), A.element_size())
         rank_term.launch_rank_term(out, None, S, F, coef, alpha, bias, seed, dropout_p, tile)
         return out.addmm_(A, weight.t() if transposed else weight)
     if product.form == "augmented":
@@ -65,15 +71,18 @@ def _augmented(
     dropout_p: float,
     transposed: bool,
 ) -> Tensor:
-    """One library product over K + r columns ``[A | alpha S] [W | c F]``; worth its copies only where the weight is a temporary anyway."""
+    """One library product over K + r columns ``[A | alpha S] [W | c F]``; worth its copies only where the weight is a temporary anyway.
+
+    The r columns come padded as S does, so that the library may read both operands in accesses of 16 bytes.
+    """
     assert seed is None or dropout_p == 0.0
-    (M, K), R = A.shape, F.shape[0]
-    wide = torch.empty((M, K + R), dtype=A.dtype, device=A.device)
+    (M, K), (R, N), columns = A.shape, F.shape, S.shape[1]
+    wide = A.new_empty((M, K + columns))
     wide[:, :K] = A
-    T = S[:, :R]
-    wide[:, K:] = T if alpha is None else (T.view(alpha.numel(), -1, R) * alpha.view(-1, 1, 1)).view(M, R)
-    columns = F if coef is None else F * (coef[2] * coef[0] * coef[1]).unsqueeze(1)
-    tall = torch.empty((K + R, F.shape[1]), dtype=A.dtype, device=A.device)
+    wide[:, K:] = S if alpha is None else (S.view(alpha.numel(), -1, columns) * alpha.view(-1, 1, 1)).view(M, columns)
+    # In the weight's own order, so that it is copied as it lies.
+    tall = A.new_empty((N, K + columns)).t() if transposed else A.new_empty((K + columns, N))
     tall[:K] = weight.t() if transposed else weight
-    tall[K:] = columns
+    tall[K : K + R] = F if coef is None else F * (coef[2] * coef[0] * coef[1]).unsqueeze(1)
+    tall[K + R :] = 0.0
     return wide @ tall if bias is None else torch.addmm(bias, wide, tall)
