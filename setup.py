@@ -22,7 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["igulora", "igulora.*"]), "igulora.kernels"],
+    packages=[*find_packages(include=["igulora", "igulora.*"]), "igulora.kernels", "igulora.kernels.fused"],
     package_dir={"igulora": "igulora", "igulora.kernels": "kernels"},
     package_data={"igulora": ["py.typed"]},
     install_requires=[

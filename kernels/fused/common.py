@@ -37,9 +37,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+Where = torch.device | int  # a device, or the number of multiprocessors of one that is not here (for projections)
+
+
 @cache
-def processors(device: torch.device) -> int:
+def processors(device: Where) -> int:
     """Multiprocessors of a device; a small number under the interpreter, so that work is split there too."""
+    if isinstance(device, int):
+        return device
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 

@@ -13,7 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank, processors
+from .common import (
+    TYPE_NAMES,
+    Specimen,
+    Tile,
+    Where,
+    block_rank,
+    cdiv,
+    dot_precision,
+    keep_arguments,
+    padded_rank,
+    processors,
+)
 from .project import MEMBERS, members
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
 from .tiles import keep_tile
@@ -118,7 +129,7 @@ def _dq_pass_kernel(
         _store_member(part2_ptr, split, columns, R2, K, acc2, BLOCK_R)
 
 
-def dq_segments(end0: int, start1: int, end1: int, K: int, tile: Tile, device: torch.device) -> Segments:
+def dq_segments(end0: int, start1: int, end1: int, K: int, tile: Tile, device: Where) -> Segments:
     """Splits of the rows of x: about two programs for each processor."""
     return Segments.of(end0, start1, end1, tile.BLOCK_M, 2 * processors(device) // cdiv(K, tile.BLOCK_K))
 

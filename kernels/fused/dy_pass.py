@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, padded_rank, processors
+from .common import TYPE_NAMES, Specimen, Tile, Where, block_rank, cdiv, dot_precision, padded_rank, processors
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
 from .tiles import coefficients, group_factor
 
@@ -140,7 +140,7 @@ def launch_dy_pass(
     )
 
 
-def dy_segments(end0: int, start1: int, end1: int, N: int, tile: Tile, device: torch.device) -> Segments:
+def dy_segments(end0: int, start1: int, end1: int, N: int, tile: Tile, device: Where) -> Segments:
     """Splits of the rows of dy: one program for each processor."""
     return Segments.of(end0, start1, end1, tile.BLOCK_M, processors(device) // cdiv(N, tile.BLOCK_N))
 

@@ -380,7 +380,7 @@ def specimens(family: str) -> list[Specimen]:
                 if descriptors and (family not in DESCRIPTOR_FAMILIES or dtype == torch.float32):
                     continue
                 tiles = candidates(family, dtype.itemsize, BLOCK_R, descriptors=descriptors)
-                for tile in tiles if BLOCK_R == 32 else tiles[:1]:
+                for tile in tiles:
                     found += [
                         _specimen(name, dtype, tile, BLOCK_R, transposed, descriptors) for transposed in (True, False)
                     ]

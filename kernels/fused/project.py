@@ -13,7 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank, processors
+from .common import (
+    TYPE_NAMES,
+    Specimen,
+    Tile,
+    Where,
+    block_rank,
+    cdiv,
+    dot_precision,
+    keep_arguments,
+    padded_rank,
+    processors,
+)
 from .tiles import keep_tile
 
 MEMBERS = 3  # layers one launch can serve
@@ -139,7 +150,7 @@ def _sum_splits_kernel(
 _SUM_BLOCK = 1024
 
 
-def _splits(M: int, K: int, tile: Tile, device: torch.device) -> tuple[int, int]:
+def _splits(M: int, K: int, tile: Tile, device: Where) -> tuple[int, int]:
     """(splits, tiles of K in each): as many as keep all processors busy, none below 8 tiles."""
     wanted = max(processors(device) // cdiv(M, tile.BLOCK_M), 1)
     tiles = cdiv(K, tile.BLOCK_K)
@@ -191,7 +202,7 @@ def launch_project(
 
 
 def traffic_project(
-    M: int, K: int, ranks: list[int], itemsize: int, tile: Tile, device: torch.device, seeded: bool = False
+    M: int, K: int, ranks: list[int], itemsize: int, tile: Tile, device: Where, seeded: bool = False
 ) -> Traffic:
     """Of one :func:`launch_project`."""
     splits, _ = _splits(M, K, tile, device)
