@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backend import runs_fused
 from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
-from .rows import empty_results, group_count, keep_factor, q_gradient, rank_buffer, rows_first
+from .rows import group_count, keep_factor, q_gradient, rank_buffer, rows_first
 
 
 def _widest(Qs: list[Tensor]) -> int:
@@ -24,7 +24,9 @@ def _reference_fwd(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: 
     x2 = rows_first(x)
     keep = keep_factor(x2, seed, dropout_p)
     joint = (x2 if keep is None else x2 * keep) @ torch.cat(Qs).to(x.dtype).t()  # (M, K) @ (K, sum of r_i)
-    return [S.contiguous() for S in joint.split([Q.shape[0] for Q in Qs], dim=1)]
+    # Copies: an operator may not return one storage twice, and a part of no columns, or of a single row, is contiguous as it is.
+    parts = joint.split([Q.shape[0] for Q in Qs], dim=1)
+    return [joint] if len(Qs) == 1 else [S.clone(memory_format=torch.contiguous_format) for S in parts]
 
 
 def _fake_fwd(x, Qs, seed, dropout_p):
@@ -44,8 +46,11 @@ def _reference_bwd(
     train_groups: int,
     path_start: int,
     needed: bool,
-) -> list[Tensor]:
-    """Reference backward: dQ_i, empty unless needed; adds those of path rows to ``path_Qs``, which may be empty."""
+) -> Tensor:
+    """Reference backward: dQ_i below one another, empty unless needed; adds those of path rows to ``path_Qs``, which may be empty.
+
+    One tensor, because the compiler takes no operator that changes its arguments and returns a list.
+    """
     x2 = rows_first(x)
     keep = keep_factor(x2, seed, dropout_p)
     sizes = [Q.shape[0] for Q in Qs]
@@ -62,13 +67,11 @@ def _reference_bwd(
     )
     if joint_path is not None:
         torch._foreach_add_(path_Qs, joint_path.split(sizes))
-    if joint is None:
-        return list(empty_results(x, (None,) * len(Qs)))
-    return [part.to(Q.dtype, copy=True) for part, Q in zip(joint.split(sizes), Qs, strict=True)]
+    return x.new_empty((0,)) if joint is None else joint.to(Qs[0].dtype)
 
 
 def _fake_bwd(Gs, x, Qs, alpha, path_weight, path_Qs, seed, dropout_p, train_groups, path_start, needed):
-    return [Q.new_empty(Q.shape) if needed else x.new_empty((0,)) for Q in Qs]
+    return Qs[0].new_empty((sum(Q.shape[0] for Q in Qs), x.shape[-1])) if needed else x.new_empty((0,))
 
 
 def _dispatch_fwd(x, Qs, seed, dropout_p):
@@ -115,8 +118,11 @@ class _Project(torch.autograd.Function):
         x, seed, alpha, path_weight, *Qs = ctx.saved_tensors
         dropout_p, *ranges = ctx.scalars
         needed = ranges[0] > 0 and any(ctx.needs_input_grad[6:])
-        dQs = _svd_project_bwd(list(Gs), x, Qs, alpha, path_weight, ctx.accumulators, seed, dropout_p, *ranges, needed)
-        return (None,) * 6 + tuple(dQs if needed else [None] * len(Qs)) + (None,) * len(ctx.accumulators)
+        joint = _svd_project_bwd(
+            list(Gs), x, Qs, alpha, path_weight, ctx.accumulators, seed, dropout_p, *ranges, needed
+        )
+        dQs = joint.split([Q.shape[0] for Q in Qs]) if needed else [None] * len(Qs)
+        return (None,) * 6 + tuple(dQs) + (None,) * len(ctx.accumulators)
 
 
 def svd_project(

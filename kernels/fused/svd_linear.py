@@ -287,19 +287,21 @@ def project_backward(
     train_groups: int,
     path_start: int,
     needed: bool,
-) -> list[Tensor]:
+) -> Tensor:
     """``svd_project``'s backward."""
     x2 = _aligned_rows(x)
     M = x2.shape[0]
     rows = Ranges.of(M, group_count(alpha, path_weight), train_groups, path_start)
     sampled = bool(path_Qs) and rows.has_path and path_weight is not None
-    results: list[Tensor | None] = [torch.zeros_like(Q) if needed and not Q.numel() * M else None for Q in Qs]
+    sizes = [Q.shape[0] for Q in Qs]
+    joint = x.new_empty((0,))
+    if needed:
+        joint = (torch.empty if M else torch.zeros)((sum(sizes), x2.shape[1]), dtype=Qs[0].dtype, device=x.device)
+    results = list(joint.split(sizes)) if needed else [None] * len(Qs)
     busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and M] if needed or sampled else []
     together = projection.members(block_rank(max(Q.shape[0] for Q in Qs)))
     for start in range(0, len(busy), together):
         chosen = busy[start : start + together]
-        for i in chosen:
-            results[i] = torch.empty_like(Qs[i], memory_format=torch.contiguous_format) if needed else None
         jobs = _q_jobs(
             x2,
             [_widened(Gs[i]) for i in chosen],
@@ -313,4 +315,4 @@ def project_backward(
             rows,
         )
         launch_sum_partials(jobs)
-    return list(empty_results(x, tuple(results)))
+    return joint
