@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | compile-report. Uses the active virtual environment, or makes .venv; installs only when something changed.
+# make demo | test | bench | lint | compile-report | gpu-suite. Uses the active virtual environment, or makes .venv; installs only when something changed.
 PYTHON ?= python3
 # TRITON=3.6.0 is for compile-report: an environment of its own with that release, whatever torch asks for.
 TRITON ?=
@@ -10,7 +10,7 @@ ARGS ?=
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile
 PIP := $(INSTALL) -c constraints.txt
 
-.PHONY: demo test bench lint compile-report clean
+.PHONY: demo test bench lint compile-report gpu-suite clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.igulora-demo
@@ -25,6 +25,10 @@ bench: $(VENV)/.igulora-bench
 compile-report: $(VENV)/.igulora-compile
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_report.py --check --keep $(ARGS)
 	$(BIN)/python benchmarks/render_compiled.py
+
+# Installs nothing: a GPU machine may have no network, and its torch is the one to measure with.
+gpu-suite:
+	env -u TRITON_INTERPRET $(PYTHON) benchmarks/gpu_suite.py $(ARGS)
 
 lint: $(VENV)/.igulora-lint
 	$(BIN)/ruff check .
