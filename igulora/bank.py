@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .context import PathContext
+from .kernels.importance import row_table
+from .kernels.orthogonality import work_table
 from .layers import FusedSVDLinear
 from .shared import share_inputs
 
@@ -106,6 +108,8 @@ class Bank:
     Attributes:
         weight, grad, path: flat (size,) masters, their gradients, the path accumulator T (made when first asked for).
         mask, live: flat (triplets,): the masks the layers compute with, and which triplets live by the last allocation.
+        row_table, slots: what every stored row is (:meth:`Layout.row_table`), and which row statistic it yields.
+        score_table, matrix_table: rows and matrices as the kernels of scoring and of the orthogonality penalty walk them.
         layer_index, cost: int64 (triplets,): layer of each triplet, and its ``in + out``.
 
     Raises:
@@ -184,7 +188,10 @@ class Bank:
         self.row_table = table.to(self.device)
         # Where a row's statistics go: (part, triplet) in a (3, triplets) table, parts in the order of PARTS.
         parts = torch.tensor([PARTS.index(s.name) for s in layout.slices for _ in range(s.rows)], dtype=torch.int64)
-        self.slots = (parts * layout.triplets + table[:, 2]).to(self.device)
+        slots = parts * layout.triplets + table[:, 2]
+        self.slots = slots.to(self.device)
+        self.score_table = row_table(list(layout.regions), slots).to(self.device)
+        self.matrix_table = work_table(list(layout.groups)).to(self.device)
         ranks = torch.tensor([layer.r for layer in self.layers], dtype=torch.int64)
         costs = torch.tensor([layer.in_features + layer.out_features for layer in self.layers], dtype=torch.int64)
         self.layer_index = torch.repeat_interleave(torch.arange(len(self.layers)), ranks).to(self.device)

@@ -207,6 +207,7 @@ class Controller:
             list(bank.layout.groups),
             config.orthogonality * scale,  # type: ignore[operator]
             offdiagonal=config.orthogonality_form == "offdiagonal",
+            table=bank.matrix_table,
         )
         self._regularised = True
 

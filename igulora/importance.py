@@ -68,7 +68,7 @@ class Importance:
             eps=config.eps,
             combine=config.combine,
             absolute=config.aggregate == "absolute",
-            slots=bank.slots,
+            table=bank.score_table,
         )
         self.stats = stats.view(4, 3, bank.triplets)
         self.terms = self.stats[0]

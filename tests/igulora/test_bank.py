@@ -90,6 +90,10 @@ def test_layout(adapted) -> None:
     ]
     assert rows == [(o, n) for o, n, _ in table.tolist()]
     assert all(offset % 64 == 0 for offset in regions[::3])
+    # What the kernels walk over is the same rows with their slots, and every matrix.
+    assert torch.equal(bank.score_table, torch.column_stack((table[:, :2], bank.slots)))
+    heads = {(offset, rank, length) for offset, rank, length, *_ in bank.matrix_table.tolist()}
+    assert heads == {(s.offset, s.rows, s.length) for s in bank.layout.slices if s.name != "lora_E" and s.rows}
     matrices = sum(bank.layout.groups[1::4])
     assert matrices == 2 * 3
 
