@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ SHARED_NAMES = (
 class SharedInput:
     """Adapted layers of one parent that are called with one tensor, one after the other.
 
-    The first to be called computes S for all; each takes its own. Which tensor it was is checked by identity at every call: members
-    found to be called with another one leave the group, and compute for themselves from then on.
+    The first to be called computes S for all; each takes its own. Which tensor it was is checked by identity at every call. Members found
+    to be called with different tensors part, but only when the next forward begins: a recomputation has to repeat what its forward did.
     """
 
     def __init__(self, layers: list[FusedSVDLinear]) -> None:
@@ -37,22 +37,52 @@ class SharedInput:
         self._x: Tensor | None = None
         self._seed: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
+        # Slots that took their S, input by input, since the member that opens a forward was last called.
+        self._opener: int | None = None
+        self._rounds: list[list[int]] = []
         for layer in layers:
             layer.shared = self
 
     def take(self, layer: FusedSVDLinear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(S, dropout seed) of a layer for x; (None, None) when it is to compute them itself."""
+        watching = not torch.compiler.is_compiling()  # what a compiled graph was traced with stays
         if self._x is not x or layer.slot not in self._ready:
-            self._part_with_leftovers()
-            if layer.shared is None:
-                return None, None
-            if layer.shared is not self:
-                return layer.shared.take(layer, x)
+            if watching and self._opens(layer):
+                if self._part():
+                    return (None, None) if layer.shared is None else layer.shared.take(layer, x)
+                self._opener, self._rounds = layer.slot, []
             self._start(x)
+            if watching:
+                self._rounds.append([])
+        if watching and self._rounds:
+            self._rounds[-1].append(layer.slot)
         S, seed = self._ready.pop(layer.slot), self._seed
         if not self._ready:
             self._x = self._seed = None
         return S, seed
+
+    def _opens(self, layer: FusedSVDLinear) -> bool:
+        return self._opener is None or self._opener == layer.slot
+
+    def _part(self) -> bool:
+        """Split the group by what the last forward showed; not inside a backward, where recomputation runs."""
+        if len(self._rounds) < 2 or torch._C._current_graph_task_id() != -1:
+            return False
+        first: dict[int, int] = {}
+        for i, slots in enumerate(self._rounds):
+            for slot in slots:
+                first.setdefault(slot, i)
+        if len(set(first.values())) < 2:
+            return False
+        parts: dict[int, list[FusedSVDLinear]] = {}
+        for layer in self.layers:
+            parts.setdefault(first.get(layer.slot, 0), []).append(layer)
+            layer.shared = None
+        self._x, self._seed, self._ready = None, None, {}
+        for part in parts.values():
+            if len(part) > 1:
+                SharedInput(part)
+        return True
 
     def _start(self, x: Tensor) -> None:
         first = self.layers[0]
@@ -75,24 +105,6 @@ class SharedInput:
         )
         self._x = x
         self._ready = {layer.slot: part for layer, part in zip(self.layers, S, strict=True)}
-
-    def _part_with_leftovers(self) -> None:
-        """Members that did not come for their S of the last input were called with another: they form a group of their own."""
-        if not self._ready:
-            return
-        left = [layer for layer in self.layers if layer.slot in self._ready]
-        stayed = [layer for layer in self.layers if layer.slot not in self._ready]
-        self._x = self._seed = None
-        self._ready = {}
-        for part in (left, stayed):
-            if len(part) > 1:
-                SharedInput(part)
-            else:
-                part[0].shared = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies carry no pass in flight."""
-        return {"layers": self.layers, "_x": None, "_seed": None, "_ready": {}}
 
 
 def share_inputs(names: list[str], layers: list[FusedSVDLinear]) -> None:

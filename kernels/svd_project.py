@@ -19,7 +19,17 @@ def _widest(Qs: list[Tensor]) -> int:
     return max(Q.shape[0] for Q in Qs)
 
 
-def _reference_fwd(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) -> list[Tensor]:
+def _reference_fwd(
+    x: Tensor,
+    Qs: list[Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
+    alpha: Tensor | None,
+    path_weight: Tensor | None,
+    path_Qs: list[Tensor],
+    train_groups: int,
+    path_start: int,
+) -> list[Tensor]:
     """Reference forward. Returns S_i (M, r_i) in x's dtype."""
     x2 = rows_first(x)
     keep = keep_factor(x2, seed, dropout_p)
@@ -29,7 +39,7 @@ def _reference_fwd(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: 
     return [joint] if len(Qs) == 1 else [S.clone(memory_format=torch.contiguous_format) for S in parts]
 
 
-def _fake_fwd(x, Qs, seed, dropout_p):
+def _fake_fwd(x, Qs, *_rest):
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return [rank_buffer(x, rows, Q.shape[0]) for Q in Qs]
 
@@ -74,12 +84,12 @@ def _fake_bwd(Gs, x, Qs, alpha, path_weight, path_Qs, seed, dropout_p, train_gro
     return Qs[0].new_empty((sum(Q.shape[0] for Q in Qs), x.shape[-1])) if needed else x.new_empty((0,))
 
 
-def _dispatch_fwd(x, Qs, seed, dropout_p):
+def _dispatch_fwd(x, Qs, seed, dropout_p, *rest):
     if runs_fused(x, _widest(Qs)):
         from .fused import svd_linear as fused
 
         return fused.project(x, Qs, seed, dropout_p)
-    return _reference_fwd(x, Qs, seed, dropout_p)
+    return _reference_fwd(x, Qs, seed, dropout_p, *rest)
 
 
 def _dispatch_bwd(Gs, x, Qs, *rest):
@@ -99,30 +109,45 @@ for _device in ("cuda", "cpu"):
     _svd_project_bwd.register_kernel(_device)(_dispatch_bwd)
 
 
-class _Project(torch.autograd.Function):
-    """The pair of operators; the last arguments are the layers' Q, then their path accumulators."""
+def _setup_context(ctx, inputs, output):
+    x, Qs, seed, ctx.dropout_p, alpha, path_weight, path_Qs, *ctx.ranges = inputs
+    ctx.save_for_backward(x, seed, alpha, path_weight, *Qs)
+    # Written to, not read: views of one flat buffer, whose version changes with every layer's backward.
+    ctx.accumulators = path_Qs
+
+
+def _gradients(ctx, Gs, wanted):
+    """dQ of every layer, None where no parameter trains."""
+    x, seed, alpha, path_weight, *Qs = ctx.saved_tensors
+    needed = ctx.ranges[0] > 0 and wanted
+    rest = (ctx.accumulators, seed, ctx.dropout_p, *ctx.ranges, needed)
+    joint = _svd_project_bwd(list(Gs), x, Qs, alpha, path_weight, *rest)
+    return list(joint.split([Q.shape[0] for Q in Qs])) if needed else [None] * len(Qs)
+
+
+def _backward(ctx, Gs):
+    dQs = _gradients(ctx, Gs, any(ctx.needs_input_grad[1]))
+    return None, dQs, None, None, None, None, [None] * len(ctx.accumulators), None, None
+
+
+_svd_project_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator with its registered autograd formula, minus what the registration costs; the last arguments are the layers' Q."""
 
     @staticmethod
-    def forward(x, seed, alpha, path_weight, scalars, layers, *tensors):
-        return tuple(_svd_project_fwd(x, list(tensors[:layers]), seed, scalars[0]))
+    def forward(x, seed, scalars, alpha, path_weight, path_Qs, *Qs):
+        return tuple(_svd_project_fwd(x, list(Qs), seed, scalars[0], alpha, path_weight, path_Qs, *scalars[1:]))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, seed, alpha, path_weight, ctx.scalars, layers, *tensors = inputs
-        ctx.save_for_backward(x, seed, alpha, path_weight, *tensors[:layers])
-        # Written to, not read: views of one flat buffer, whose version changes with every layer's backward.
-        ctx.accumulators = tensors[layers:]
+        x, seed, scalars, alpha, path_weight, path_Qs, *Qs = inputs
+        _setup_context(ctx, (x, Qs, seed, scalars[0], alpha, path_weight, path_Qs, *scalars[1:]), output)
 
     @staticmethod
     def backward(ctx, *Gs):
-        x, seed, alpha, path_weight, *Qs = ctx.saved_tensors
-        dropout_p, *ranges = ctx.scalars
-        needed = ranges[0] > 0 and any(ctx.needs_input_grad[6:])
-        joint = _svd_project_bwd(
-            list(Gs), x, Qs, alpha, path_weight, ctx.accumulators, seed, dropout_p, *ranges, needed
-        )
-        dQs = joint.split([Q.shape[0] for Q in Qs]) if needed else [None] * len(Qs)
-        return (None,) * 6 + tuple(dQs) + (None,) * len(ctx.accumulators)
+        return (*(None,) * 6, *_gradients(ctx, Gs, any(ctx.needs_input_grad[6:])))
 
 
 def svd_project(
@@ -161,4 +186,7 @@ def svd_project(
     check_dropout(dropout_p)
     train_groups, path_start = check_rows(alpha, path_weight, train_groups, path_start, path_Qs is not None)
     scalars = (float(dropout_p), train_groups, path_start)
-    return list(_Project.apply(x, seed, alpha, path_weight, scalars, len(Qs), *Qs, *(path_Qs or ())))
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        rest = (alpha, path_weight, path_Qs or [], *scalars[1:])
+        return _svd_project_fwd(x, Qs, seed, scalars[0], *rest)
+    return list(_Eager.apply(x, seed, scalars, alpha, path_weight, path_Qs or [], *Qs))
