@@ -351,7 +351,7 @@ def traffic_gemm_rank(
     blocks_m, blocks_n = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
     tiles, columns = blocks_m * blocks_n, padded_rank(R)
     vectors = 8 * R if coef else 0
-    seed_bytes = 8 if seeded else 0
+    seed_bytes, steps = 8 if seeded else 0, cdiv(R, rank_tile(R, itemsize))
     return Traffic(
         read=(M * K + N * K + M * columns) * itemsize
         + 4 * R * N
@@ -362,8 +362,8 @@ def traffic_gemm_rank(
         written=M * N * itemsize,
         loaded=(blocks_n * (M * K + M * columns) + blocks_m * N * K) * itemsize
         + blocks_m * 4 * R * N
-        + tiles * (vectors + seed_bytes)
-        + (4 * blocks_n * M * cdiv(R, rank_tile(R, itemsize)) if groups else 0)
+        + tiles * (vectors + steps * seed_bytes)
+        + (4 * blocks_n * M * steps if groups else 0)
         + (blocks_m * N * itemsize if bias else 0),
         stored=M * N * itemsize,
         flops=2 * M * N * (K + R),

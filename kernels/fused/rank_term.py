@@ -155,7 +155,7 @@ def traffic_rank_term(
 ) -> Traffic:
     """Of one :func:`launch_rank_term`."""
     blocks_m, blocks_n = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
-    columns = padded_rank(R)
+    columns, steps = padded_rank(R), cdiv(R, _rank_tile(R))
     vectors, seed_bytes = 8 * R if coef else 0, 8 if seeded else 0
     own = M * N * itemsize if base else 0
     return Traffic(
@@ -170,8 +170,8 @@ def traffic_rank_term(
         loaded=own
         + blocks_n * M * columns * itemsize
         + blocks_m * 4 * R * N
-        + blocks_m * blocks_n * (vectors + seed_bytes)
-        + (4 * blocks_n * M * cdiv(R, _rank_tile(R)) if groups else 0)
+        + blocks_m * blocks_n * (vectors + steps * seed_bytes)
+        + (4 * blocks_n * M * steps if groups else 0)
         + (blocks_m * N * itemsize if bias else 0),
         stored=M * N * itemsize,
         flops=2 * M * N * R,
