@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import runs_fused
 
-@torch.library.custom_op("igulora::allocate_triplets", mutates_args=())
-def _allocate_triplets(
+
+def _reference(
     scores: Tensor, budget: Tensor, layer: Tensor, eligible: Tensor | None, costs: Tensor | None, min_rank: int
 ) -> Tensor:
-    """Reference. Returns the live mask, float32 (n,) of 0 and 1."""
+    """Returns the live mask, float32 (n,) of 0 and 1."""
     n = scores.shape[0]
     nan = torch.isnan(scores)
     order = torch.argsort(torch.where(nan, torch.full_like(scores, -torch.inf), scores), descending=True, stable=True)
@@ -43,9 +44,21 @@ def _allocate_triplets(
     return torch.zeros_like(scores).scatter_(0, order, kept.to(scores.dtype))
 
 
+_allocate_triplets = torch.library.custom_op("igulora::allocate_triplets", mutates_args=())(_reference)
+
+
 @_allocate_triplets.register_fake
 def _(scores, budget, layer, eligible, costs, min_rank):
     return torch.empty_like(scores)
+
+
+@_allocate_triplets.register_kernel(("cpu", "cuda"))
+def _dispatch(scores, budget, layer, eligible, costs, min_rank):
+    if not runs_fused(scores):
+        return _reference(scores, budget, layer, eligible, costs, min_rank)
+    from .fused.allocation import launch_allocation  # Triton takes half a second to import
+
+    return launch_allocation(scores, budget, layer, eligible, costs, min_rank)
 
 
 def allocate_triplets(
