@@ -171,6 +171,11 @@ def _orthogonality(fused: dict[str, Any], a: Launch) -> Traffic:
     return fused["orthogonality"].traffic_orthogonality(a["groups"], arch, itemsize=weight.element_size())
 
 
+def _allocation(fused: dict[str, Any], a: Launch) -> Traffic:
+    given = {name: a[name] is not None for name in ("eligible", "costs")}
+    return fused["allocation"].traffic_allocation(a["scores"].shape[0], **given, min_rank=a["min_rank"])
+
+
 TRAFFIC: dict[str, Callable[[dict[str, Any], Launch], Traffic]] = {
     "project": _project,
     "base_product": _product,
@@ -182,6 +187,7 @@ TRAFFIC: dict[str, Callable[[dict[str, Any], Launch], Traffic]] = {
     "sum_partials": _sum_partials,
     "importance": _importance,
     "orthogonality": _orthogonality,
+    "allocation": _allocation,
 }
 
 

@@ -119,9 +119,9 @@ def eager_svd(f: Factors) -> Variant:
 
 
 def compiled(f: Factors, eager: Callable[[Factors], Variant]) -> Variant:
-    """An eager variant under torch.compile; token counts are dynamic, so that one compilation serves all of them."""
+    """An eager variant under torch.compile, for this very shape."""
     variant = eager(f)
-    return Variant(torch.compile(variant.run, fullgraph=True, dynamic=True), variant.trained)
+    return Variant(torch.compile(variant.run, fullgraph=True, dynamic=False), variant.trained)
 
 
 def _peft(f: Factors, config: Any) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -286,12 +286,12 @@ def measure(
 
 
 def items(setting: Setting) -> Iterator[tuple[str, Callable[[Deadline], dict[str, Any]]]]:
-    """One item per layer, rank and number of rows; compilation takes long, so that it is done at the first rank only."""
+    """One item per layer, rank and number of rows; torch.compile takes long, so that it is for the first rank and not every shape."""
     clock = Clock(setting.device)
     features, rows, ranks = shapes(setting)
     for r in ranks:
         for K, N in features:
             for M in rows:
-                with_compile = r == ranks[0] and not setting.tiny
-                case = partial(measure, setting, clock, M, K, N, r, with_compile=with_compile)
+                few = r == ranks[0] and (features[0][1] == N or rows[0] == M)
+                case = partial(measure, setting, clock, M, K, N, r, with_compile=few and not setting.tiny)
                 yield f"{K}x{N} M{M} r{r}", lambda deadline, case=case: case(deadline=deadline)

@@ -226,9 +226,19 @@ def steps_table(record: dict[str, Any]) -> str:
     return "\n".join(parts) + "\n"
 
 
+def compile_table(record: dict[str, Any]) -> str:
+    """How much was compiled ahead."""
+    item = _items(record, "compile").get("workers", {})
+    if "compiled" not in item:
+        return _reason(item) + "\n"
+    note = f"; {_reason(item)}" if "cut" in item or "error" in item else ""
+    return f"{len(item['compiled'])} of {item['tasks']} tasks in {item['workers']} processes{note}\n"
+
+
 SECTIONS = {
     "floors": ("What the device can do", floors_table),
     "tests": ("GPU tests", tests_table),
+    "compile": ("Compiled ahead", compile_table),
     "kernels": (
         "Kernels, each alone, cold L2 cache. *Of the floor*: the time that the bytes or FLOPs it must move or compute take at the copy "
         "bandwidth and the best product rate above, over its own",

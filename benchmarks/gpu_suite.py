@@ -33,10 +33,11 @@ RESULTS = HERE / "results" / "gpu"
 FORMAT = 1
 # Module of each part and its share of the time; what a part does not use goes to those behind it.
 PARTS = {
-    "floors": ("gpu_machine", 0.06),
-    "tests": ("gpu_tests", 0.28),
-    "kernels": ("gpu_kernels", 0.20),
-    "layers": ("gpu_layers", 0.26),
+    "floors": ("gpu_machine", 0.05),
+    "tests": ("gpu_tests", 0.25),
+    "compile": ("gpu_compile", 0.11),
+    "kernels": ("gpu_kernels", 0.14),
+    "layers": ("gpu_layers", 0.25),
     "steps": ("gpu_steps", 0.20),
 }
 _KILL_AFTER = 15  # seconds behind its deadline that a part may take for the item under way

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 MODULES = ("gpu_suite", "gpu_report", "gpu_machine", "gpu_tests", "gpu_kernels", "render", "run", "cases")
-PARTS = ("floors", "tests", "kernels", "layers", "steps")
+PARTS = ("floors", "tests", "compile", "kernels", "layers", "steps")
 
 
 @pytest.fixture
@@ -84,9 +84,11 @@ def test_floors_and_kernels_are_measured(record: dict[str, Any]) -> None:
     (products,) = (item for name, item in kernels.items() if name.startswith("products "))
     assert {"forward product alone", "forward library", "backward library", "backward augmented"} <= set(products)
     assert any(name.startswith("forward pointers") for name in products)
-    for name in ("importance", "orthogonality"):
+    for name in ("importance", "orthogonality", "allocation"):
         assert kernels[f"bank {name}"][name]["bytes"] > 0
-    assert kernels["bank allocation"]["operator"]["ms"]["median"] > 0
+        assert kernels[f"bank {name}"]["operator"]["ms"]["median"] > 0
+    ahead = record["parts"]["compile"]["items"]["workers"]
+    assert len(ahead["compiled"]) == ahead["tasks"]
 
 
 @pytest.mark.slow
@@ -171,7 +173,7 @@ def test_what_fails_or_takes_too_long_is_recorded_and_the_rest_goes_on(
     """A part whose items fail in every way: a traceback, a lost process, too much time."""
     suite = modules["gpu_suite"]
     (tmp_path / "faulty_part.py").write_text(PART, encoding="utf-8")
-    main = (FOLDER / "gpu_suite.py").read_text(encoding="utf-8").replace('"gpu_machine", 0.06', '"faulty_part", 0.06')
+    main = (FOLDER / "gpu_suite.py").read_text(encoding="utf-8").replace('"gpu_machine", 0.05', '"faulty_part", 0.05')
     (tmp_path / "gpu_suite.py").write_text(main, encoding="utf-8")
     monkeypatch.setattr(suite, "HERE", tmp_path)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(FOLDER)))}

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 import igulora
 from igulora.kernels import allocate_triplets, importance_update, orthogonality_grad_
-from igulora.kernels.importance import row_table
-from igulora.kernels.orthogonality import work_table
 
 # Triton's interpreter computes products of bfloat16 wrongly.
 DTYPES = [torch.float32] + [torch.bfloat16] * torch.cuda.is_available()
@@ -122,8 +120,6 @@ class StaticStep:
         self.inputs = Inputs.draw(device, dtype, seed=0)
         bank = self.bank
         self.mean, self.deviation = torch.zeros_like(bank.weight), torch.zeros_like(bank.weight)
-        self.rows = row_table(list(bank.layout.regions), bank.slots).to(device)
-        self.parts = work_table(list(bank.layout.groups)).to(device)
         self.out: dict[str, Tensor] = {}
         bank.path.zero_()
         bank.bind_grads()
@@ -136,9 +132,9 @@ class StaticStep:
         with bank.context.at(inputs.alpha, train, train, inputs.weight):
             loss = (self.model(inputs.x) - inputs.target).float().square().mean()
             loss.backward()
-        penalty = orthogonality_grad_(bank.weight, bank.grad, list(bank.layout.groups), GAMMA, table=self.parts)
+        penalty = orthogonality_grad_(bank.weight, bank.grad, list(bank.layout.groups), GAMMA, table=bank.matrix_table)
         stats, finite = importance_update(
-            bank.weight, bank.path, self.mean, self.deviation, list(bank.layout.regions), table=self.rows
+            bank.weight, bank.path, self.mean, self.deviation, list(bank.layout.regions), table=bank.score_table
         )
         terms = stats.view(4, 3, bank.triplets)[0]
         live = allocate_triplets(bank.lambdas.abs() + terms[1] + terms[2], inputs.budget, bank.layer_index, min_rank=1)
