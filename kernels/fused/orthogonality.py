@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..orthogonality import LARGEST_TILE, SEGMENT, TILES, Plan
 from ..traffic import Traffic
-from .common import Specimen, cdiv, family, padded_rank
+from .common import Specimen, cdiv, dot_precision, family, padded_rank
 
 _ROW = 7 * 8  # bytes of a row of the work table
 _MATRICES = 64  # whose norms are added at a time
@@ -46,7 +46,7 @@ class _Config:
         block, warps, stages = self.gram
         slices = 1 if tile == LARGEST_TILE else _SLICES
         sizes = {"SEGMENT": SEGMENT, "TILE": tile, "BLOCK": block, "SLICES": slices, "SINGLE": single}
-        return {**sizes, "num_warps": warps, "num_stages": stages}
+        return {**sizes, "PRECISION": dot_precision(torch.float32), "num_warps": warps, "num_stages": stages}
 
     def of_residual(self, tile: int, offdiagonal: bool) -> dict[str, Any]:
         """Constants and options of ``_residual_kernel``."""
@@ -57,7 +57,8 @@ class _Config:
         """Constants and options of ``_gradient_kernel``."""
         block, warps, stages = self.gradient
         sizes = {"SEGMENT": SEGMENT, "TILE": tile, "TILES": TILES, "BLOCK": block, "INNER": self.inner}
-        return {**sizes, "BLOCK_MATRICES": _MATRICES, "num_warps": warps, "num_stages": stages}
+        more = {"BLOCK_MATRICES": _MATRICES, "PRECISION": dot_precision(torch.float32)}
+        return {**sizes, **more, "num_warps": warps, "num_stages": stages}
 
 
 # Splitting a factor into three TF32 terms doubles its registers: steps are as long as leaves none of them spilled.
@@ -65,14 +66,13 @@ _16 = _Config(gram=(16, 4, 2), gradient=(64, 4, 2), inner=16, residual_warps=4)
 _32 = _Config(gram=(16, 4, 2), gradient=(64, 8, 2), inner=32, residual_warps=4)
 _32_OF_8_WARPS = _Config(gram=(16, 8, 2), gradient=(64, 8, 2), inner=32, residual_warps=4)
 _64 = _Config(gram=(16, 8, 2), gradient=(32, 8, 3), inner=16, residual_warps=8)
-_64_IN_SHARED_MEMORY = _Config(
-    gram=(32, 8, 2), gradient=(32, 8, 3), inner=32, residual_warps=8
-)  # wgmma and tcgen05 read it
+# Factors of wgmma and tcgen05 lie in shared memory.
+_64_SHARED = _Config(gram=(32, 8, 2), gradient=(32, 8, 3), inner=32, residual_warps=8)
 _CONFIGS = {
     "sm_80": {16: _16, 32: _32, 64: _64},
     "sm_86": {16: _16, 32: _32, 64: _64},
-    "sm_90": {16: _16, 32: _32, 64: _64_IN_SHARED_MEMORY},
-    "sm_100": {16: _16, 32: _32_OF_8_WARPS, 64: _64_IN_SHARED_MEMORY},
+    "sm_90": {16: _16, 32: _32, 64: _64_SHARED},
+    "sm_100": {16: _16, 32: _32_OF_8_WARPS, 64: _64_SHARED},
     "sm_120": {16: _16, 32: _32, 64: _64},
 }
 
@@ -119,6 +119,7 @@ def _gram(
     BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
     SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Products of a tile of rows with all rows, over the columns from ``start`` to ``stop``."""
     length = length // VECTOR * VECTOR
@@ -132,7 +133,7 @@ def _gram(
             mask = (rows[None, :, None] < rank) & (k + lanes < length)
             a = tl.load(weight_ptr + rows[None, :, None] * length + k + lanes, mask=mask, other=0.0).to(tl.float32)
             # (SLICES, TILE, BLOCK) @ (SLICES, BLOCK, TILE)
-            products = tl.dot(a, tl.permute(a, (0, 2, 1)), products, input_precision="tf32x3")
+            products = tl.dot(a, tl.permute(a, (0, 2, 1)), products, input_precision=PRECISION)
         _store(share_ptr, rows, rows, rank, stride, tl.sum(products, 0))
     else:
         rows = first_row + tl.arange(0, TILE)
@@ -146,7 +147,7 @@ def _gram(
                     b = a
                 else:
                     b = _load(weight_ptr, others, cols, rank, length, length)
-                gram = tl.dot(a, tl.trans(b), gram, input_precision="tf32x3")  # (TILE, BLOCK) @ (BLOCK, TILE)
+                gram = tl.dot(a, tl.trans(b), gram, input_precision=PRECISION)  # (TILE, BLOCK) @ (BLOCK, TILE)
             _store(share_ptr, rows, others, rank, stride, gram)
 
 
@@ -160,6 +161,7 @@ def _gram_kernel(
     BLOCK: tl.constexpr,
     SLICES: tl.constexpr,
     SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     offset, rank, length, first_row, first_col, place, _ = _item(table_ptr, tl.program_id(0))
     columns = SEGMENT * ((rank + TILE - 1) // TILE)
@@ -168,9 +170,23 @@ def _gram_kernel(
     share_ptr += place + (first_col // columns) * rank * ((rank + 15) // 16 * 16)
     if (offset % 4 == 0) & (length % 4 == 0):
         aligned_ptr = weight_ptr + offset // 4 * 4
-        _gram(aligned_ptr, share_ptr, rank, length, first_row, start, stop, 4, TILE, BLOCK, SLICES, SINGLE)
+        _gram(aligned_ptr, share_ptr, rank, length, first_row, start, stop, 4, TILE, BLOCK, SLICES, SINGLE, PRECISION)
     else:
-        _gram(weight_ptr + offset, share_ptr, rank, length, first_row, start, stop, 1, TILE, BLOCK, SLICES, SINGLE)
+        _gram(
+            weight_ptr + offset,
+            share_ptr,
+            rank,
+            length,
+            first_row,
+            start,
+            stop,
+            1,
+            TILE,
+            BLOCK,
+            SLICES,
+            SINGLE,
+            PRECISION,
+        )
 
 
 @triton.jit
@@ -224,6 +240,7 @@ def _gradient(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Add coef * E A to a tile of rows, over the columns from ``start`` to ``stop``."""
     length = length // VECTOR * VECTOR
@@ -237,12 +254,12 @@ def _gradient(
         product = tl.zeros((TILE, BLOCK), tl.float32)
         if INNER == TILE:
             a = _load(weight_ptr, inner, cols, rank, length, length)
-            product = tl.dot(e, a, product, input_precision="tf32x3")  # (TILE, TILE) @ (TILE, BLOCK)
+            product = tl.dot(e, a, product, input_precision=PRECISION)  # (TILE, TILE) @ (TILE, BLOCK)
         else:
             for other in range(0, rank, INNER):
                 e = _load(residual_ptr, rows, other + inner, rank, stride, stride)
                 a = _load(weight_ptr, other + inner, cols, rank, length, length)
-                product = tl.dot(e, a, product, input_precision="tf32x3")  # (TILE, INNER) @ (INNER, BLOCK)
+                product = tl.dot(e, a, product, input_precision=PRECISION)  # (TILE, INNER) @ (INNER, BLOCK)
         g = _load(grad_ptr, rows, cols, rank, length, length)
         _store(grad_ptr, rows, cols, rank, length, g + coef * product)
 
@@ -264,6 +281,7 @@ def _gradient_kernel(
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
     INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
     if pid == 0:
@@ -296,6 +314,7 @@ def _gradient_kernel(
                 TILE,
                 BLOCK,
                 INNER,
+                PRECISION,
             )
         else:
             _gradient(
@@ -312,6 +331,7 @@ def _gradient_kernel(
                 TILE,
                 BLOCK,
                 INNER,
+                PRECISION,
             )
 
 
