@@ -190,7 +190,7 @@ def source(specimen: Specimen) -> Any:
     for i, parameter in enumerate(kernel.params):
         kind = signature[parameter.name]
         fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-        if kind.startswith("*") or (kind in ("i32", "i64", "u32", "u64") and not fixed):
+        if not fixed and (kind.startswith("*") or kind in ("i32", "i64", "u32", "u64")):
             aligned[(i,)] = [["tt.divisibility", 16]]
     constants = {(kernel.arg_names.index(name),): value for name, value in specimen.constants.items()}
     return ASTSource(kernel, signature, constants, aligned)

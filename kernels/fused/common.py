@@ -19,6 +19,9 @@ TYPE_NAMES = {
 }
 # Largest shared memory of one program in bytes, by architecture family; a family is named by its first compute capability.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}
+# Arguments that hold one number for each triplet or group. They begin wherever the layers before end in a flat buffer, and are read
+# narrowly anyway: a kernel specialised on their alignment would be compiled again for other ranks.
+NARROW = ("e_ptr", "mask_ptr", "alpha_ptr", "weight_ptr")
 _RANK_MULTIPLE = 16
 
 

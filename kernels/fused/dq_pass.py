@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..traffic import Traffic
 from .common import (
+    NARROW,
     TYPE_NAMES,
     Specimen,
     Tile,
@@ -64,7 +65,7 @@ def _store_member(part_ptr, split, columns, R, K, acc, BLOCK_R: tl.constexpr):
     tl.store(at, acc, mask=(columns[:, None] < K) & (r[None, :] < R))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=NARROW)
 def _dq_pass_kernel(
     x_ptr,
     g0_ptr,

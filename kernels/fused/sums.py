@@ -1,7 +1,9 @@
-"""Partial sums into gradients: up to three matrices in one launch, each with a result of its own or an accumulator it is added to.
+"""Partial sums into gradients: a vector and up to three matrices in one launch, each with a result or an accumulator it is added to.
 
 Contract. Float32. A job's partial sums lie ``stride`` elements apart; the first ``count0`` of them make ``out``, the next ``count1`` are
-added to ``acc``. Every sum is taken in the order of the parts: same bits every time.
+added to ``acc``. Every sum is taken in the order of the parts: same bits every time. Ranks are runtime values: a matrix is rows times
+columns, and only the columns, which no rank changes, are specialised on; the vector, whose length is a rank and which lies in its buffer
+wherever the ranks before it end, has a place of its own.
 """
 
 from __future__ import annotations
@@ -15,13 +17,17 @@ from torch import Tensor
 from ..traffic import Traffic
 from .common import Specimen, cdiv
 
-JOBS = 3
+MATRICES = 3
 _BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Job:
-    """One matrix: its partial sums, and where they go (None: that share is dropped)."""
+    """One result of ``numel`` elements: its partial sums, and where they go (None: that share is dropped).
+
+    Attributes:
+        columns: of a matrix, which ``numel`` and ``stride`` are multiples of; 0 for a vector.
+    """
 
     part: Tensor
     stride: int
@@ -30,6 +36,7 @@ class Job:
     count1: int
     out: Tensor | None
     acc: Tensor | None
+    columns: int = 0
 
 
 @triton.jit
@@ -47,61 +54,75 @@ def _sum_job(part_ptr, out_ptr, acc_ptr, at, stride, numel, count0, count1):
         tl.store(acc_ptr + at, total, mask=inside)
 
 
-_COUNTS = [f"{name}{job}" for job in range(JOBS) for name in ("first", "second")]
+_RUNTIME = [f"{name}{job}" for job in ("", *range(MATRICES)) for name in ("STRIDE", "ROWS", "first", "second")]
 
 
-@triton.jit(do_not_specialize=_COUNTS)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=["acc_ptr"])
 def _sum_partials_kernel(
+    part_ptr,
+    out_ptr,
+    acc_ptr,
     part0_ptr,
-    part1_ptr,
-    part2_ptr,
     out0_ptr,
-    out1_ptr,
-    out2_ptr,
     acc0_ptr,
+    part1_ptr,
+    out1_ptr,
     acc1_ptr,
+    part2_ptr,
+    out2_ptr,
     acc2_ptr,
-    stride0,
-    stride1,
-    stride2,
-    numel0,
-    numel1,
-    numel2,
+    STRIDE,
+    ROWS,
+    first,
+    second,
+    STRIDE0,
+    ROWS0,
     first0,
-    first1,
-    first2,
     second0,
+    STRIDE1,
+    ROWS1,
+    first1,
     second1,
+    STRIDE2,
+    ROWS2,
+    first2,
     second2,
+    COLUMNS0,
+    COLUMNS1,
+    COLUMNS2,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     job = tl.program_id(1)
     if job == 0:
-        _sum_job(part0_ptr, out0_ptr, acc0_ptr, at, stride0, numel0, first0, second0)
+        _sum_job(part_ptr, out_ptr, acc_ptr, at, STRIDE, ROWS, first, second)
     if job == 1:
-        _sum_job(part1_ptr, out1_ptr, acc1_ptr, at, stride1, numel1, first1, second1)
+        _sum_job(part0_ptr, out0_ptr, acc0_ptr, at, STRIDE0 * COLUMNS0, ROWS0 * COLUMNS0, first0, second0)
     if job == 2:
-        _sum_job(part2_ptr, out2_ptr, acc2_ptr, at, stride2, numel2, first2, second2)
+        _sum_job(part1_ptr, out1_ptr, acc1_ptr, at, STRIDE1 * COLUMNS1, ROWS1 * COLUMNS1, first1, second1)
+    if job == 3:
+        _sum_job(part2_ptr, out2_ptr, acc2_ptr, at, STRIDE2 * COLUMNS2, ROWS2 * COLUMNS2, first2, second2)
 
 
 def launch_sum_partials(jobs: list[Job]) -> None:
-    """Finish up to three jobs."""
+    """Finish one vector and up to three matrices, or fewer."""
+    vectors = [job for job in jobs if not job.columns]
+    matrices = [job for job in jobs if job.columns]
+    assert len(vectors) <= 1
+    assert len(matrices) <= MATRICES
+    each = [vectors[0] if vectors else None, *matrices, *[None] * (MATRICES - len(matrices))]
+    accs = [None if job is None or job.acc is None else job.acc.contiguous() for job in each]
+    pointers: list[Tensor | None] = []
+    numbers: list[int] = []
+    for job, acc in zip(each, accs, strict=True):
+        pointers += [None, None, None] if job is None else [job.part, job.out, acc]
+        width = max(job.columns, 1) if job is not None else 1
+        numbers += [0] * 4 if job is None else [job.stride // width, job.numel // width, job.count0, job.count1]
+    columns = [0 if job is None else job.columns for job in each[1:]]
     blocks = cdiv(max(job.numel for job in jobs), _BLOCK)
-    each = [*jobs, *([jobs[0]] * (JOBS - len(jobs)))]
-    accs = [None if job.acc is None else job.acc.contiguous() for job in each]
-    _sum_partials_kernel[(blocks, len(jobs))](
-        *(job.part for job in each),
-        *(job.out for job in each),
-        *accs,
-        *(job.stride for job in each),
-        *(job.numel for job in each),
-        *(job.count0 for job in each),
-        *(job.count1 for job in each),
-        BLOCK=_BLOCK,
-    )
-    for job, acc in zip(jobs, accs, strict=False):
-        if job.acc is not None and acc is not None and not job.acc.is_contiguous():
+    _sum_partials_kernel[(blocks, 1 + len(matrices))](*pointers, *numbers, *columns, BLOCK=_BLOCK)
+    for job, acc in zip(each, accs, strict=True):
+        if job is not None and job.acc is not None and acc is not None and not job.acc.is_contiguous():
             job.acc.copy_(acc)
 
 
@@ -116,6 +137,6 @@ def traffic_sum_partials(jobs: list[tuple[int, int, int, bool, bool]]) -> Traffi
 
 def specimens(family: str) -> list[Specimen]:
     """The one configuration of :func:`launch_sum_partials`."""
-    types = {f"{name}{job}_ptr": "*fp32" for job in range(JOBS) for name in ("part", "out", "acc")}
-    types |= {f"{name}{job}": "i32" for job in range(JOBS) for name in ("stride", "numel", "first", "second")}
+    types = {f"{name}{job}_ptr": "*fp32" for job in ("", *range(MATRICES)) for name in ("part", "out", "acc")}
+    types |= dict.fromkeys([*_RUNTIME, *(f"COLUMNS{job}" for job in range(MATRICES))], "i32")
     return [Specimen("sum partials", _sum_partials_kernel, types, {"BLOCK": _BLOCK}, num_warps=4, dots=False)]

@@ -16,7 +16,7 @@ from .common import block_rank, cdiv, family, padded_rank
 from .dq_pass import dq_segments
 from .dy_pass import dy_segments
 from .product import Coef, base_product
-from .sums import JOBS, Job, launch_sum_partials
+from .sums import Job, launch_sum_partials
 
 
 def _aligned_rows(t: Tensor) -> Tensor:
@@ -192,8 +192,8 @@ def backward(
         else:
             dx = base_product(dy2, weight, G, Q, None, alpha, None, seed, dropout_p, transposed=False)
         dx = dx.view(x.shape)
-    for start in range(0, len(jobs), JOBS):
-        launch_sum_partials(jobs[start : start + JOBS])
+    if jobs:
+        launch_sum_partials(jobs)
     if need_w:
         dW = dy2.t() @ x2
     if need_b:
@@ -231,12 +231,12 @@ def _dy_gradients(
     dy_pass.launch_dy_pass(dy2, S, P, coef, alpha, in_segment, rows.per_group, segments, part_ds, part_dp, tile)
     if part_dp is not None:
         acc = path_P if sampled and disjoint else None
-        jobs.append(Job(part_dp, R * N, R * N, segments.splits0, segments.splits1, dP, acc))
+        jobs.append(Job(part_dp, R * N, R * N, segments.splits0, segments.splits1, dP, acc, N))
     if not disjoint:
         again = dy_segments(0, rows.path, M, N, tile, device)
         part_path = _float32(device, again.splits, R, N)
         dy_pass.launch_dy_pass(dy2, S, P, coef, None, weights, rows.per_group, again, None, part_path, tile)
-        jobs.append(Job(part_path, R * N, R * N, 0, again.splits1, None, path_P))
+        jobs.append(Job(part_path, R * N, R * N, 0, again.splits1, None, path_P, N))
     G = torch.empty((M, columns), dtype=dy2.dtype, device=device)
     programs = cdiv(M, dy_pass.ds_tile(block_rank(R)).BLOCK_M)
     want_de = need_e or sampled
@@ -270,7 +270,7 @@ def _q_jobs(
     if segments.splits:
         dq_pass.launch_dq_pass(x2, Gs, ranks, parts, alpha, weights, seed, dropout_p, rows.per_group, segments, tile)
     return [
-        Job(part, r * K, r * K, segments.splits0, segments.splits1, dQ, acc)
+        Job(part, r * K, r * K, segments.splits0, segments.splits1, dQ, acc, K)
         for part, r, dQ, acc in zip(parts, ranks, dQs, path_Qs, strict=True)
     ]
 
