@@ -36,6 +36,8 @@ def tasks(setting: Setting) -> list[tuple[str, Callable[[], object]]]:
             for product in products[:1] if setting.tiny else products:
                 call = partial(_product, setting, M, N, K, r, transposed, product)
                 found.append((f"{direction} {product} r{r}", call))
+        if setting.tiny:
+            continue
         found.append((f"three layers r{r}", partial(shared_launches, setting, M, K, r)))
         found.append((f"mixed batch r{r}", partial(operator_launches, setting, M, N, K, r, mixed=True)))
     return found

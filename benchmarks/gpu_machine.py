@@ -107,15 +107,15 @@ def _driver() -> dict[str, str]:
         "clocks.mem",
         "clocks.max.sm",
         "clocks.max.mem",
+        "power.draw",
         "power.limit",
         "temperature.gpu",
-        "persistence_mode",
-        "compute_mode",
-        "mig.mode.current",
-        "clocks_throttle_reasons.active",
     )
-    values = _output("nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").split(", ")
-    return dict(zip(fields, values, strict=True)) if len(values) == len(fields) else {}
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None) if torch.cuda.is_available() else None
+    device = f"GPU-{uuid}" if uuid else "0"
+    values = _output("nvidia-smi", f"--id={device}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    found = values.split(", ")
+    return dict(zip(fields, found, strict=True)) if len(found) == len(fields) else {}
 
 
 def describe(device: torch.device) -> dict[str, Any]:

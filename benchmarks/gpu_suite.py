@@ -122,10 +122,10 @@ def _summary(item: dict[str, Any]) -> str:
 
 def _alive(device: Any) -> bool:
     """Whether the device still answers; after an illegal access none does in this process."""
-    import torch
-
     if device.type != "cuda":
         return True
+    import torch
+
     try:
         torch.cuda.synchronize(device)
     except Exception:

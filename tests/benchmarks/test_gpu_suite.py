@@ -153,6 +153,22 @@ def test_fractions_are_of_the_measured_floors(modules: dict[str, ModuleType]) ->
     assert least({}, 1e12, 1e15) is None
 
 
+MACHINE = """
+import time
+from types import SimpleNamespace
+
+class Setting:
+    here = staticmethod(lambda **options: SimpleNamespace(device=SimpleNamespace(type="cpu")))
+
+class Deadline:
+    def __init__(self, at):
+        self.at = at
+    left = property(lambda self: self.at - time.time())
+    passed = property(lambda self: self.left <= 0)
+
+def environment(setting):
+    return {}
+"""
 PART = """
 import os, time
 
@@ -166,20 +182,20 @@ def items(setting):
 """
 
 
-@pytest.mark.slow
 def test_what_fails_or_takes_too_long_is_recorded_and_the_rest_goes_on(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A part whose items fail in every way: a traceback, a lost process, too much time."""
     suite = modules["gpu_suite"]
     (tmp_path / "faulty_part.py").write_text(PART, encoding="utf-8")
+    (tmp_path / "gpu_machine.py").write_text(MACHINE, encoding="utf-8")
     main = (FOLDER / "gpu_suite.py").read_text(encoding="utf-8").replace('"gpu_machine", 0.05', '"faulty_part", 0.05')
     (tmp_path / "gpu_suite.py").write_text(main, encoding="utf-8")
     monkeypatch.setattr(suite, "HERE", tmp_path)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(FOLDER)))}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     begin = time.time()
     options = suite.parse(["--tiny"])
-    part = suite.supervise("floors", options, environment, tmp_path, begin + 30, begin + 32)
+    part = suite.supervise("floors", options, environment, tmp_path, begin + 8, begin + 9)
     items = part["items"]
     assert items["good"] == {"value": 1}
     assert "ZeroDivisionError" in items["raises"]["error"]

@@ -46,12 +46,14 @@ def without_sync(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def controlled_steps(device: torch.device, changes: dict[str, object], count: int) -> list[igulora.StepInfo]:
+def controlled_steps(
+    device: torch.device, changes: dict[str, object], count: int, trace: str | tuple[str, ...] = ()
+) -> list[igulora.StepInfo]:
     """Steps in the pruning phase, each with a score update, none of which may wait for the device."""
     config = options(device, window=1, t_init=3, t_final=20, delta_t=1, dropout=0.1, **changes)
     model = adapted(device, DTYPES[-1], config)
     optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=1e-3), fused=True)
-    controller = igulora.Controller(model)
+    controller = igulora.Controller(model, trace=trace)
 
     def step(batch: dict[str, Tensor]) -> igulora.StepInfo:
         controller.backward(lambda b: (model(b["x"]) - b["y"]).float().square().mean(), batch)
@@ -78,6 +80,49 @@ def controlled_steps(device: torch.device, changes: dict[str, object], count: in
 def test_no_step_waits_for_the_device(device, name) -> None:
     infos = controlled_steps(device, ESTIMATORS[name], count=4)
     assert all(info.scored and info.allocated for info in infos)
+
+
+@pytest.mark.gpu
+def test_no_traced_step_waits_for_the_device(device) -> None:
+    controlled_steps(device, ESTIMATORS["mixed"], count=2, trace="all")
+
+
+def path_gradient(device: torch.device, where: torch.device, path_pass: str) -> Tensor:
+    """T of two scored micro-batches whose tensors lie ``where``; the loss function brings them to the device, which is busy meanwhile."""
+    model = adapted(device, torch.float32, options(device, path_pass=path_pass, window=8, t_init=24, ig_fraction=0.5))
+    controller = igulora.Controller(model)
+    model.igulora_bank.context.allowed_unstepped = 8
+    for seed in range(3):
+        inputs = Inputs.draw(where, torch.float32, seed)
+        if device.type == "cuda" and seed:  # the first one compares losses, and waits for the device
+            torch.cuda._sleep(200_000_000)
+        controller.backward(
+            lambda b: (model(b["x"].to(device)) - b["y"].to(device)).square().mean(),
+            {"x": inputs.x, "y": inputs.target},
+        )
+    return model.igulora_bank.path.clone()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path_pass", ["mixed", "separate"])
+def test_a_batch_on_the_host_gives_the_same_path_gradient(device, path_pass) -> None:
+    found = [path_gradient(device, where, path_pass) for where in (device, torch.device("cpu"))]
+    assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+def test_a_model_need_not_lie_on_the_current_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    found = []
+    for index in range(2):
+        where = torch.device("cuda", index)
+        model = adapted(where, torch.float32, options(where))
+        inputs = Inputs.draw(where, torch.float32, seed=1)
+        assert torch.cuda.current_device() == 0
+        (model(inputs.x) - inputs.target).square().mean().backward()
+        found.append(igulora.find_bank(model).grad.cpu())
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.slow
