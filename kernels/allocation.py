@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import runs_fused
+from .backend import on_device, runs_fused
 
 
 def _reference(
@@ -58,7 +58,8 @@ def _dispatch(scores, budget, layer, eligible, costs, min_rank):
         return _reference(scores, budget, layer, eligible, costs, min_rank)
     from .fused.allocation import launch_allocation  # Triton takes half a second to import
 
-    return launch_allocation(scores, budget, layer, eligible, costs, min_rank)
+    with on_device(scores):
+        return launch_allocation(scores, budget, layer, eligible, costs, min_rank)
 
 
 def allocate_triplets(

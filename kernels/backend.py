@@ -11,7 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -50,6 +50,13 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def on_device(like: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensors' device the current one, which is where Triton launches."""
+    if like.device.type != "cuda" or like.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(like.device)
 
 
 def interpreting() -> bool:

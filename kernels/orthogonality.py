@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .backend import MAX_RANK, runs_fused
+from .backend import MAX_RANK, on_device, runs_fused
 from .fused.common import block_rank, cdiv, padded_rank
 
 # Columns of a matrix that one program takes per tile of its rows: enough programs for small models, few partial sums for large ones.
@@ -118,7 +118,8 @@ def _dispatch(weight, grad, groups, gamma, offdiagonal, table=None):
 
     if table is None:
         table = work_table(groups).to(weight.device)
-    return launch_orthogonality(weight, grad, groups, gamma, offdiagonal, table)
+    with on_device(weight):
+        return launch_orthogonality(weight, grad, groups, gamma, offdiagonal, table)
 
 
 def orthogonality_grad_(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import runs_fused
+from .backend import on_device, runs_fused
 from .checks import (
     Path,
     check_device,
@@ -209,7 +209,8 @@ def _dispatch_fwd(x, weight, bias, P, *rest):
     if runs_fused(x, P.shape[0]):
         from .fused import svd_linear as fused  # Triton takes half a second to import, and is absent on some platforms
 
-        return fused.forward(x, weight, bias, P, *rest)
+        with on_device(x):
+            return fused.forward(x, weight, bias, P, *rest)
     return _reference_fwd(x, weight, bias, P, *rest)
 
 
@@ -217,7 +218,8 @@ def _dispatch_bwd(dy, S, x, weight, P, *rest):
     if runs_fused(x, P.shape[0]):
         from .fused import svd_linear as fused
 
-        return fused.backward(dy, S, x, weight, P, *rest)
+        with on_device(x):
+            return fused.backward(dy, S, x, weight, P, *rest)
     return _reference_bwd(dy, S, x, weight, P, *rest)
 
 

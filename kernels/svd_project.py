@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import runs_fused
+from .backend import on_device, runs_fused
 from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
 from .rows import group_count, keep_factor, q_gradient, rank_buffer, rows_first
 
@@ -88,7 +88,8 @@ def _dispatch_fwd(x, Qs, seed, dropout_p, *rest):
     if runs_fused(x, _widest(Qs)):
         from .fused import svd_linear as fused
 
-        return fused.project(x, Qs, seed, dropout_p)
+        with on_device(x):
+            return fused.project(x, Qs, seed, dropout_p)
     return _reference_fwd(x, Qs, seed, dropout_p, *rest)
 
 
@@ -96,7 +97,8 @@ def _dispatch_bwd(Gs, x, Qs, *rest):
     if runs_fused(x, _widest(Qs)):
         from .fused import svd_linear as fused
 
-        return fused.project_backward(Gs, x, Qs, *rest)
+        with on_device(x):
+            return fused.project_backward(Gs, x, Qs, *rest)
     return _reference_bwd(Gs, x, Qs, *rest)
 
 

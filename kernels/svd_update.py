@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import runs_fused
+from .backend import on_device, runs_fused
 from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
 from .rows import flat_alpha, group_count, keep_factor, rank_buffer, rows_first, times_per_group
 from .svd_linear import _svd_linear_bwd
@@ -48,7 +48,8 @@ def _run(y: Tensor, x: Tensor, P: Tensor, *rest: Any) -> Tensor:
     if runs_fused(x, P.shape[0]):
         from .fused import svd_linear as fused
 
-        return fused.update(y, x, P, *rest)
+        with on_device(x):
+            return fused.update(y, x, P, *rest)
     return _reference(y, x, P, *rest)
 
 

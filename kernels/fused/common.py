@@ -116,6 +116,8 @@ class Tile:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How products of this dtype run: three TF32 products keep float32's accuracy on tensor cores; 16-bit types ignore it."""
+    if torch.version.hip is not None:
+        return "ieee"  # AMD's compiler has no other for float32
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 

@@ -4,7 +4,8 @@ Contract. dy (M, N) and S (M, padded rank) in one dtype of bfloat16, float16, fl
 A program owns a block of columns and a split of rows: its columns of P stay on the chip, its share of ``dP = c (f S)^T dy`` in registers;
 of ``dy P^T`` it leaves a partial sum for each row. A second, small launch adds those up: G = c (dy P^T), rounded once, and the partial
 sums of ``dlambda = s m sum f S (dy P^T)``. f is alpha for training rows and the path weight for path rows. The partial sums of dy P^T
-(M x rank x 4 bytes for each block of columns) are written and read at once: they are meant to stay in the L2 cache.
+(M x rank x 4 bytes for each block of columns) are written and read at once: they are meant to stay in the L2 cache. Where they are too many
+for that (wide ranks, very wide layers), dy P^T takes a pass of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import TYPE_NAMES, Specimen, Tile, Where, block_rank, cdiv, dot_precision, padded_rank, processors
+from .common import NARROW, TYPE_NAMES, Specimen, Tile, Where, block_rank, cdiv, dot_precision, padded_rank, processors
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
 from .tiles import coefficients, group_factor
 
@@ -30,10 +31,19 @@ def config(family: str, itemsize: int, BLOCK_R: int) -> Tile:
     return Tile(BLOCK_M=64 if BLOCK_R <= 128 else 32, BLOCK_N=BLOCK_N, num_warps=8, num_stages=stages)
 
 
+# Bytes of the parts of dy P^T up to which one pass over dy is taken to cost least: they still stay in the L2 cache.
+PARTS_LIMIT = 32 << 20
+
+
+def in_one_pass(M: int, N: int, columns: int, tile: Tile) -> bool:
+    """Whether dP and the parts of dy P^T come from one pass over dy; else ``project`` makes the parts in a pass of its own."""
+    return 4 * cdiv(N, tile.BLOCK_N) * M * columns <= PARTS_LIMIT
+
+
 _UNSPECIALISED = ["M", "R", "rows_per_group", *SEGMENT_ARGUMENTS]
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=NARROW)
 def _dy_pass_kernel(
     dy_ptr,
     s_ptr,
@@ -185,7 +195,10 @@ def traffic_dy_pass(
     )
 
 
-@triton.jit(do_not_specialize=["M", "R", "blocks", "rows_per_group", "train_end", "path_start"])
+@triton.jit(
+    do_not_specialize=["M", "R", "blocks", "rows_per_group", "train_end", "path_start"],
+    do_not_specialize_on_alignment=NARROW,
+)
 def _ds_sum_kernel(
     part_ptr,
     s_ptr,
@@ -232,9 +245,9 @@ def _ds_sum_kernel(
             tl.store(part, tl.sum(product * weight[:, None], axis=0) * live, mask=r < S_COLS)
 
 
-def ds_tile(BLOCK_R: int) -> Tile:
+def ds_tile(BLOCK_R: int, itemsize: int) -> Tile:
     """Tile of the small second launch: 1024 numbers."""
-    return Tile(BLOCK_M=max(1024 // BLOCK_R, 8), num_warps=2, num_stages=2)
+    return Tile(BLOCK_M=max(1024 // BLOCK_R, 8), num_warps=4 if itemsize == 2 else 2, num_stages=2)
 
 
 def launch_ds_sum(
@@ -252,7 +265,7 @@ def launch_ds_sum(
 ) -> None:
     """Fill G (M, padded rank) and, if given, ``part_de`` (1 or 2, blocks of rows, padded rank): training rows, then path rows."""
     M, columns = S.shape
-    tile = ds_tile(block_rank(R))
+    tile = ds_tile(block_rank(R), S.element_size())
     _ds_sum_kernel[(cdiv(M, tile.BLOCK_M),)](
         part_ds,
         S,
@@ -290,7 +303,7 @@ def traffic_ds_sum(
     groups: int = 1,
 ) -> Traffic:
     """Of one :func:`launch_ds_sum`; ``blocks`` of columns of dy."""
-    columns, programs = padded_rank(R), cdiv(M, ds_tile(block_rank(R)).BLOCK_M)
+    columns, programs = padded_rank(R), cdiv(M, ds_tile(block_rank(R), itemsize).BLOCK_M)
     factors = want_de * (alpha + weight)
     read = 4 * blocks * M * columns + want_de * M * columns * itemsize
     stored = M * columns * itemsize + want_de * (1 + weight) * programs * columns * 4
@@ -330,6 +343,8 @@ def specimens(family: str) -> list[Specimen]:
             ) | {"scale": "fp32"}
             constants = {"WANT_DE": True, "HAS_ALPHA": True, "HAS_WEIGHT": True, "BLOCK_R": BLOCK_R}
             found.append(
-                ds_tile(BLOCK_R).specimen(f"ds sum {name} r{BLOCK_R}", _ds_sum_kernel, sums, constants, dots=False)
+                ds_tile(BLOCK_R, dtype.itemsize).specimen(
+                    f"ds sum {name} r{BLOCK_R}", _ds_sum_kernel, sums, constants, dots=False
+                )
             )
     return found

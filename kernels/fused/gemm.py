@@ -15,8 +15,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..traffic import Traffic
-from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank, processors
-from .tiles import keep_tile, rank_columns, rank_rows
+from .common import (
+    NARROW,
+    TYPE_NAMES,
+    Specimen,
+    Tile,
+    block_rank,
+    cdiv,
+    dot_precision,
+    keep_arguments,
+    padded_rank,
+    processors,
+)
+from .tiles import add_rank_term
 
 DESCRIPTOR_FAMILIES = ("sm_90", "sm_100", "sm_120")
 _UNSPECIALISED = ["M", "R", "rows_per_group", "threshold"]
@@ -67,51 +78,7 @@ def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
     return first + inside % height, inside // height
 
 
-@triton.jit
-def _add_rank_term(
-    acc,
-    s_ptr,
-    f_ptr,
-    e_ptr,
-    mask_ptr,
-    alpha_ptr,
-    bias_ptr,
-    seed_ptr,
-    rows,
-    first_column,
-    M,
-    N,
-    R,
-    S_COLS,
-    rows_per_group,
-    scale,
-    threshold,
-    keep_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_COEF: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    columns = first_column + tl.arange(0, BLOCK_N)
-    for first in tl.range(0, R, BLOCK_R, num_stages=1):
-        t = rank_rows(s_ptr, alpha_ptr, rows, first, M, S_COLS, rows_per_group, HAS_ALPHA, BLOCK_R)
-        f = rank_columns(f_ptr, e_ptr, mask_ptr, columns, first, N, R, scale, HAS_COEF, BLOCK_R, DTYPE)
-        if DROPOUT:
-            term = tl.dot(t, f, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
-            keep = keep_tile(seed_ptr, rows, first_column, N, threshold, BLOCK_N)
-            acc += tl.where(keep, term * keep_scale, 0.0)
-        else:
-            acc = tl.dot(t, f, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    return acc
-
-
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=NARROW)
 def _gemm_rank_kernel(
     a_ptr,
     b_ptr,
@@ -160,7 +127,7 @@ def _gemm_rank_kernel(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * stride_bk
     dtype = out_ptr.dtype.element_ty
-    acc = _add_rank_term(
+    acc = add_rank_term(
         acc,
         s_ptr,
         f_ptr,
@@ -192,7 +159,7 @@ def _gemm_rank_kernel(
     tl.store(out, acc.to(dtype), mask=(rows[:, None] < M) & (columns[None, :] < N))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
+@triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=NARROW)
 def _gemm_rank_descriptor_kernel(
     a_desc,
     b_desc,
@@ -235,7 +202,7 @@ def _gemm_rank_descriptor_kernel(
             a = a_desc.load([first_m, k])
             b = b_desc.load([first_n, k]).T if B_IS_NK else b_desc.load([k, first_n])
             acc = tl.dot(a, b, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) @ (BLOCK_K, BLOCK_N)
-        acc = _add_rank_term(
+        acc = add_rank_term(
             acc,
             s_ptr,
             f_ptr,
@@ -408,7 +375,7 @@ def _specimen(name: str, dtype: torch.dtype, tile: Tile, BLOCK_R: int, transpose
         "PRECISION": dot_precision(dtype),
         "BLOCK_R": BLOCK_R,
     }
-    label = f"{name} r{BLOCK_R} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K} {'forward' if transposed else 'backward'}"
+    label = f"{name} r{BLOCK_R} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K} w{tile.num_warps} {'forward' if transposed else 'backward'}"
     if descriptors:
         b_block = (tile.BLOCK_N, tile.BLOCK_K) if transposed else (tile.BLOCK_K, tile.BLOCK_N)
         types |= {

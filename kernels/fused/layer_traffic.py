@@ -72,8 +72,14 @@ def backward_traffic(
     at_x = dq_pass.config(family, itemsize, block_rank(R), sharing)
     of_dy = dy_segments(M, M, M, N, at_dy, where)
     of_x = dq_segments(M, M, M, K, at_x, where)
-    blocks, programs = cdiv(N, at_dy.BLOCK_N), cdiv(M, dy_pass.ds_tile(block_rank(R)).BLOCK_M)
-    dy = dy_pass.traffic_dy_pass(M, N, R, itemsize, of_dy, at_dy)
+    blocks, programs = cdiv(N, at_dy.BLOCK_N), cdiv(M, dy_pass.ds_tile(block_rank(R), itemsize).BLOCK_M)
+    one_pass = dy_pass.in_one_pass(M, N, padded_rank(R), at_dy)
+    dy = dy_pass.traffic_dy_pass(M, N, R, itemsize, of_dy, at_dy, want_ds=one_pass)
+    if not one_pass:
+        wide = project.config(family, itemsize, block_rank(R), 1)
+        own = project.traffic_project(M, N, [R], itemsize, wide, where, parts=True)
+        blocks = own.written // (4 * M * padded_rank(R))
+        dy += own
     ds = dy_pass.traffic_ds_sum(M, R, itemsize, blocks)
     dq = _shared(dq_pass.traffic_dq_pass(K, [R] * sharing, itemsize, of_x, at_x), sharing)
     done = sums.traffic_sum_partials(

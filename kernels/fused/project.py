@@ -40,7 +40,7 @@ def config(family: str, itemsize: int, BLOCK_R: int, count: int) -> Tile:
     width = BLOCK_R * count
     few = 64 if family in ("sm_80", "sm_86", "sm_120") else 48  # factors of mma.sync lie in registers
     warps = 4 if width <= few else 8
-    BLOCK_M = 64 if width <= (128 if itemsize == 2 else 64) else 32 if itemsize == 2 or width <= 256 else 16
+    BLOCK_M = 64 if width <= (128 if itemsize == 2 else 32) else 32 if itemsize == 2 or width <= 256 else 16
     BLOCK_K = (64 if width <= 256 else 32) // (itemsize // 2)
     small = family in ("sm_86", "sm_120")
     stages = 4 if width <= 128 else 3
@@ -158,32 +158,33 @@ def _splits(M: int, K: int, tile: Tile, device: Where) -> tuple[int, int]:
     return cdiv(tiles, per_split), per_split
 
 
-def launch_project(
-    x2: Tensor, Qs: list[Tensor], out: list[Tensor], seed: Tensor | None, dropout_p: float, tile: Tile
+def _each(values: list) -> list:
+    """Arguments of all members; those of layers that are not there repeat the first."""
+    return [*values, *([values[0]] * (MEMBERS - len(values)))]
+
+
+def _launch(
+    x2: Tensor,
+    Qs: list[Tensor],
+    parts: list[Tensor],
+    seed: Tensor | None,
+    dropout_p: float,
+    tile: Tile,
+    splits: int,
+    per_split: int,
 ) -> None:
-    """Fill ``out``: (M, padded rank) buffers in x's dtype, one for each of up to three Qs; columns beyond a rank become 0."""
     M, K = x2.shape
     ranks = [Q.shape[0] for Q in Qs]
-    device = x2.device
-    splits, per_split = _splits(M, K, tile, device)
-    parts = out
-    if splits > 1:
-        parts = [torch.empty((splits, *s.shape), dtype=torch.float32, device=device) for s in out]
-    spare = [0] * (MEMBERS - len(Qs))  # arguments of layers that are not there
-
-    def each(values: list) -> list:
-        return [*values, *(values[0] for _ in spare)]
-
     threshold, keep_scale = keep_arguments(seed, dropout_p)
     _project_kernel[(cdiv(M, tile.BLOCK_M), splits)](
         x2,
-        *each(Qs),
-        *each(parts),
+        *_each(Qs),
+        *_each(parts),
         seed,
         M,
         K,
-        *each(ranks),
-        *each([s.shape[1] for s in out]),
+        *_each(ranks),
+        *_each([part.shape[-1] for part in parts]),
         x2.stride(0),
         per_split,
         threshold,
@@ -194,22 +195,50 @@ def launch_project(
         BLOCK_R=block_rank(max(ranks)),
         **tile.blocks("BLOCK_M", "BLOCK_K"),
     )
+
+
+def launch_project(
+    x2: Tensor, Qs: list[Tensor], out: list[Tensor], seed: Tensor | None, dropout_p: float, tile: Tile
+) -> None:
+    """Fill ``out``: (M, padded rank) buffers in x's dtype, one for each of up to three Qs; columns beyond a rank become 0."""
+    M, K = x2.shape
+    splits, per_split = _splits(M, K, tile, x2.device)
+    parts = out
+    if splits > 1:
+        parts = [torch.empty((splits, *s.shape), dtype=torch.float32, device=x2.device) for s in out]
+    _launch(x2, Qs, parts, seed, dropout_p, tile, splits, per_split)
     if splits > 1:
         widest = max(s.numel() for s in out)
         _sum_splits_kernel[(cdiv(widest, _SUM_BLOCK), len(Qs))](
-            *each(parts), *each(out), M, *each([s.shape[1] for s in out]), splits, BLOCK=_SUM_BLOCK
+            *_each(parts), *_each(out), M, *_each([s.shape[1] for s in out]), splits, BLOCK=_SUM_BLOCK
         )
 
 
+def launch_project_parts(x2: Tensor, Q: Tensor, tile: Tile) -> Tensor:
+    """The float32 parts of x Q^T, (splits, M, padded rank), not added up yet: for dy P^T, whose sum has more to do."""
+    M, K = x2.shape
+    splits, per_split = _splits(M, K, tile, x2.device)
+    parts = torch.empty((splits, M, padded_rank(Q.shape[0])), dtype=torch.float32, device=x2.device)
+    _launch(x2, [Q], [parts], None, 0.0, tile, splits, per_split)
+    return parts
+
+
 def traffic_project(
-    M: int, K: int, ranks: list[int], itemsize: int, tile: Tile, device: Where, seeded: bool = False
+    M: int,
+    K: int,
+    ranks: list[int],
+    itemsize: int,
+    tile: Tile,
+    device: Where,
+    seeded: bool = False,
+    parts: bool = False,
 ) -> Traffic:
-    """Of one :func:`launch_project`."""
+    """Of one :func:`launch_project`; with ``parts``, of one :func:`launch_project_parts`."""
     splits, _ = _splits(M, K, tile, device)
     blocks = cdiv(M, tile.BLOCK_M)
     columns = sum(padded_rank(r) for r in ranks)
     q_bytes = 4 * sum(ranks) * K
-    stored = M * columns * (itemsize if splits == 1 else 4 * splits)
+    stored = M * columns * (itemsize if splits == 1 and not parts else 4 * splits)
     tiles = blocks * cdiv(K, tile.BLOCK_K)
     seed_bytes = 8 if seeded else 0
     traffic = Traffic(
@@ -219,7 +248,7 @@ def traffic_project(
         stored=stored,
         flops=2 * M * K * sum(ranks),
     )
-    if splits > 1:
+    if splits > 1 and not parts:
         final = M * columns * itemsize
         traffic += Traffic(read=stored, written=final, loaded=stored, stored=final)
     return traffic
@@ -234,7 +263,7 @@ def specimens(family: str) -> list[Specimen]:
             for count in sorted({1, members(BLOCK_R)}):
                 tile = config(family, size, BLOCK_R, count)
                 types = {"x_ptr": f"*{name}", "seed_ptr": "*i64", "keep_scale": "fp32"}
-                types |= {f"q{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": f"*{name}" for i in range(3)}
+                types |= {f"q{i}_ptr": "*fp32" for i in range(3)}
                 types |= {f"R{i}": "i32" for i in range(3)} | {f"S{i}_COLS": "i32" for i in range(3)}
                 types |= dict.fromkeys(("M", "K", "stride_xm", "tiles_per_split", "threshold"), "i32")
                 constants = {
@@ -243,7 +272,10 @@ def specimens(family: str) -> list[Specimen]:
                     "PRECISION": dot_precision(dtype),
                     "BLOCK_R": BLOCK_R,
                 }
-                found.append(tile.specimen(f"project {name} r{BLOCK_R} x{count}", _project_kernel, types, constants))
+                for out in dict.fromkeys((name, "fp32")):  # whole sums, or parts of them
+                    types |= {f"s{i}_ptr": f"*{out}" for i in range(3)}
+                    label = f"project {name} r{BLOCK_R} x{count}{'' if out == name else ' parts'}"
+                    found.append(tile.specimen(label, _project_kernel, dict(types), constants))
     types = {f"part{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": "*bf16" for i in range(3)}
     types |= {f"S{i}_COLS": "i32" for i in range(3)} | {"M": "i32", "splits": "i32"}
     found.append(Specimen("sum splits", _sum_splits_kernel, types, {"BLOCK": _SUM_BLOCK}, num_warps=4, dots=False))

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank
-from .gemm import _add_rank_term
+from .common import NARROW, TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank
+from .tiles import add_rank_term
 
 
 def _rank_tile(R: int) -> int:
@@ -26,7 +26,7 @@ def config(family: str, itemsize: int) -> Tile:
     return Tile(BLOCK_M=64, BLOCK_N=64 if itemsize == 4 else 128, num_warps=8 if itemsize == 4 else 4, num_stages=1)
 
 
-@triton.jit(do_not_specialize=["M", "R", "rows_per_group", "threshold"])
+@triton.jit(do_not_specialize=["M", "R", "rows_per_group", "threshold"], do_not_specialize_on_alignment=NARROW)
 def _rank_term_kernel(
     base_ptr,
     out_ptr,
@@ -63,7 +63,7 @@ def _rank_term_kernel(
     if HAS_BASE:
         acc = tl.load(base_ptr + at, mask=inside, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
-    acc = _add_rank_term(
+    acc = add_rank_term(
         acc,
         s_ptr,
         f_ptr,

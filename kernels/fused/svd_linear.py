@@ -218,17 +218,26 @@ def _dy_gradients(
     sampled: bool,
     jobs: list[Job],
 ) -> tuple[Tensor, Tensor | None]:
-    """G and (later, once ``jobs`` are done) dE, dP and the path accumulators, from one pass over dy; two where the ranges overlap."""
+    """G and (later, once ``jobs`` are done) dE, dP and the path accumulators, from one pass over dy.
+
+    A second one where the ranges overlap, or where the parts of dy P^T would not stay in the cache.
+    """
     (M, N), R, columns, device = dy2.shape, P.shape[0], S.shape[1], dy2.device
     tile = dy_pass.config(family(device), dy2.element_size(), block_rank(R))
-    blocks = cdiv(N, tile.BLOCK_N)
     want_dp = dP is not None or sampled
     disjoint = rows.path == rows.train or not sampled
     segments = dy_segments(rows.train, rows.train, M, N, tile, device)
-    part_ds = _float32(device, blocks, M, columns)
+    one_pass = dy_pass.in_one_pass(M, N, columns, tile)
+    if one_pass:
+        part_ds = _float32(device, cdiv(N, tile.BLOCK_N), M, columns)
+    else:
+        wide = projection.config(family(device), dy2.element_size(), block_rank(R), 1)
+        part_ds = projection.launch_project_parts(dy2, P, wide)
     part_dp = _float32(device, segments.splits, R, N) if want_dp else None
-    in_segment = weights if disjoint else None
-    dy_pass.launch_dy_pass(dy2, S, P, coef, alpha, in_segment, rows.per_group, segments, part_ds, part_dp, tile)
+    if one_pass or want_dp:
+        parts = (part_ds if one_pass else None, part_dp)
+        in_segment = weights if disjoint else None
+        dy_pass.launch_dy_pass(dy2, S, P, coef, alpha, in_segment, rows.per_group, segments, *parts, tile)
     if part_dp is not None:
         acc = path_P if sampled and disjoint else None
         jobs.append(Job(part_dp, R * N, R * N, segments.splits0, segments.splits1, dP, acc, N))
@@ -238,7 +247,7 @@ def _dy_gradients(
         dy_pass.launch_dy_pass(dy2, S, P, coef, None, weights, rows.per_group, again, None, part_path, tile)
         jobs.append(Job(part_path, R * N, R * N, 0, again.splits1, None, path_P, N))
     G = torch.empty((M, columns), dtype=dy2.dtype, device=device)
-    programs = cdiv(M, dy_pass.ds_tile(block_rank(R)).BLOCK_M)
+    programs = cdiv(M, dy_pass.ds_tile(block_rank(R), dy2.element_size()).BLOCK_M)
     want_de = need_e or sampled
     part_de = _float32(device, 2 if weights is not None else 1, programs, columns) if want_de else None
     dy_pass.launch_ds_sum(part_ds, S, R, coef, alpha, weights, rows.per_group, rows.train, rows.path, G, part_de)

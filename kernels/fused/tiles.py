@@ -1,4 +1,4 @@
-"""Pieces of kernels that several families share: the tile of kept entries, the triplets' coefficients, the two tiles of the rank term."""
+"""Pieces of kernels that several families share: the tile of kept entries, the triplets' coefficients, the rank term."""
 
 from __future__ import annotations
 
@@ -77,3 +77,48 @@ def rank_columns(
     if HAS_COEF:
         f = f * coefficients(e_ptr, mask_ptr, first, R, scale, BLOCK_R)[:, None]
     return f.to(DTYPE)
+
+
+@triton.jit
+def add_rank_term(
+    acc,
+    s_ptr,
+    f_ptr,
+    e_ptr,
+    mask_ptr,
+    alpha_ptr,
+    bias_ptr,
+    seed_ptr,
+    rows,
+    first_column,
+    M,
+    N,
+    R,
+    S_COLS,
+    rows_per_group,
+    scale,
+    threshold,
+    keep_scale,
+    HAS_BIAS: tl.constexpr,
+    HAS_COEF: tl.constexpr,
+    HAS_ALPHA: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """acc (rows, BLOCK_N) plus bias and the rank term, columns from ``first_column`` (a multiple of 4) on; dropout cuts the rank term."""
+    columns = first_column + tl.arange(0, BLOCK_N)
+    for first in tl.range(0, R, BLOCK_R, num_stages=1):
+        t = rank_rows(s_ptr, alpha_ptr, rows, first, M, S_COLS, rows_per_group, HAS_ALPHA, BLOCK_R)
+        f = rank_columns(f_ptr, e_ptr, mask_ptr, columns, first, N, R, scale, HAS_COEF, BLOCK_R, DTYPE)
+        if DROPOUT:
+            term = tl.dot(t, f, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+            keep = keep_tile(seed_ptr, rows, first_column, N, threshold, BLOCK_N)
+            acc += tl.where(keep, term * keep_scale, 0.0)
+        else:
+            acc = tl.dot(t, f, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    return acc
