@@ -10,6 +10,7 @@ from collections import Counter
 
 WIDE = 16  # bytes of the widest access that every architecture has
 TMA = "tma"  # a copy of a whole tile by the tensor memory accelerator
+SMALL = 2048  # bytes below which a tile costs next to nothing however it is moved: a vector over ranks has at most 1024
 
 _ACCESS = re.compile(r"(?<![\w.])(ld|st)\.([\w.:]+)")
 _COPY = re.compile(
@@ -72,9 +73,9 @@ def _widest_by_line(ptx: str) -> dict[tuple[str, str, int], int]:
 
 
 def narrow_lines(ttir: str, ptx: str, threads: int) -> list[str]:
-    """Source lines that move a tile of at least 16 bytes per thread in accesses narrower than that.
+    """Source lines that move a tile of at least 16 bytes per thread, and 2 KiB in all, in narrower accesses.
 
-    Below that size a tile cannot occupy every thread with a wide access, and narrow ones cost nothing. A line that compiled several
+    Below that size a tile cannot occupy every thread with a wide access. A line that compiled several
     times (a function with a fast and a general form) counts by its widest. A comment ``# narrow: why`` on the line excuses it.
     """
     places = {
@@ -90,7 +91,7 @@ def narrow_lines(ttir: str, ptx: str, threads: int) -> list[str]:
             name = inner[name]
         file, line = places.get(name, ("", 0))
         width = widths.get((kind, file.rpartition("/")[2], line), WIDE)
-        if size >= WIDE * threads and width < WIDE and "# narrow: " not in linecache.getline(file, line):
+        if size >= max(WIDE * threads, SMALL) and width < WIDE and "# narrow: " not in linecache.getline(file, line):
             found.append(f"{kind} at {file.rpartition('/')[2]}:{line}: {width} bytes, tiles of {size}")
     return list(dict.fromkeys(found))
 

@@ -90,8 +90,12 @@ def _work(connection: Connection, log: str) -> None:
                 specimen = specimens(importlib.import_module(module), arch)[label]
                 row = compile_specimen(specimen, arch)
                 outcome = row, [] if arch.startswith("gfx") else breaches(row, specimen)
-            except Exception as error:
-                outcome = f"{type(error).__name__}: {complaint(str(error)) or complaint(Path(log).read_text(errors='replace'))}"
+            except Exception as raised:
+                error: BaseException = raised
+                while error.__cause__ is not None:  # a fault in a function called by the kernel
+                    error = error.__cause__
+                said = complaint(str(error)) or complaint(Path(log).read_text(errors="replace"))
+                outcome = f"{type(error).__name__}: {said}"
             connection.send(outcome)
 
 

@@ -170,8 +170,10 @@ def _of_amd(compiled: Any, arch: str) -> dict[str, Any]:
     }
 
 
-def source(specimen: Specimen) -> Any:
+def source(specimen: Specimen, amd: bool = False) -> Any:
     """The specimen as Triton's compiler takes it.
+
+    AMD's products of float32 are exact and know no split TF32; what the launchers ask for there is "ieee".
 
     Raises:
         ValueError: the specimen and the kernel disagree about the arguments.
@@ -192,7 +194,11 @@ def source(specimen: Specimen) -> Any:
         fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
         if not fixed and (kind.startswith("*") or kind in ("i32", "i64", "u32", "u64")):
             aligned[(i,)] = [["tt.divisibility", 16]]
-    constants = {(kernel.arg_names.index(name),): value for name, value in specimen.constants.items()}
+    replaced = {"tf32x3": "ieee"} if amd else {}
+    constants = {
+        (kernel.arg_names.index(name),): replaced.get(value, value) if isinstance(value, str) else value
+        for name, value in specimen.constants.items()
+    }
     return ASTSource(kernel, signature, constants, aligned)
 
 
@@ -211,7 +217,7 @@ def compile_specimen(specimen: Specimen, arch: str) -> Row:
     options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
     if specimen.maxnreg is not None and not amd:
         options["maxnreg"] = specimen.maxnreg
-    compiled = triton.compile(source(specimen), target=target, options=options)
+    compiled = triton.compile(source(specimen, amd), target=target, options=options)
     seconds = time.perf_counter() - started
     read: Callable[[Any, str], dict[str, Any]] = _of_amd if amd else _of_nvidia
     found = read(compiled, arch)
