@@ -71,9 +71,8 @@ METHODS: dict[str, type[Method]] = {
 def model_of(setting: Setting) -> nn.Module:
     """The frozen base model. Its attention asks for no mask: making one waits for the device, in every method's every forward."""
     import transformers
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    transformers.AttentionInterface.register("causal-sdpa", sdpa_attention_forward)
+    transformers.AttentionInterface.register("causal-sdpa", transformers.AttentionInterface()["sdpa"])
     config = transformers.LlamaConfig(**(TINY if setting.tiny else CONFIG), attn_implementation="causal-sdpa")
     torch.manual_seed(0)
     before = torch.get_default_dtype()
