@@ -1,6 +1,7 @@
 """Compiles what the later parts time, in several processes at once, into Triton's cache on disk: one process would need minutes.
 
-Each worker runs its share of the operators and product forms on few rows; kernels do not depend on their number.
+Each worker runs its share of the operators and product forms; kernels do not depend on the number of rows, nor on sizes beyond their
+alignment.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ _ROWS = 320
 
 def tasks(setting: Setting) -> list[tuple[str, Callable[[], object]]]:
     """What is to be compiled, in small pieces, those of the first rank first."""
-    features, _, ranks = shapes(setting)
+    features, rows, ranks = shapes(setting)
     K, N = features[0]
     M = 32 if setting.tiny else _ROWS
     found: list[tuple[str, Callable[[], object]]] = []
     for r in ranks:
-        found.append((f"layer r{r}", partial(operator_launches, setting, M, N, K, r, mixed=False)))
+        for count in dict.fromkeys((M, rows[0])):  # many rows take other passes than few
+            call = partial(operator_launches, setting, count, N, K, r, mixed=False)
+            found.append((f"layer of {count} rows r{r}", call))
         for transposed in (True, False):
             direction = "forward" if transposed else "backward"
             products = candidates(setting, transposed=transposed, M=M, N=N, K=K, r=r)

@@ -87,6 +87,13 @@ def _project(fused: dict[str, Any], a: Launch) -> Traffic:
     )
 
 
+def _project_parts(fused: dict[str, Any], a: Launch) -> Traffic:
+    x = a["x2"]
+    return fused["project"].traffic_project(
+        *x.shape, [a["Q"].shape[0]], x.element_size(), a["tile"], x.device, parts=True
+    )
+
+
 def _product(fused: dict[str, Any], a: Launch) -> Traffic:
     """Of the base product, in whatever form: the kernel's own traffic, each operand once, tiles aside."""
     A, F, alpha = a["A"], a["F"], a["alpha"]
@@ -178,6 +185,7 @@ def _allocation(fused: dict[str, Any], a: Launch) -> Traffic:
 
 TRAFFIC: dict[str, Callable[[dict[str, Any], Launch], Traffic]] = {
     "project": _project,
+    "project_parts": _project_parts,
     "base_product": _product,
     "gemm_rank": _product,
     "rank_term": _rank_term,
@@ -385,6 +393,12 @@ def items(setting: Setting) -> Iterator[tuple[str, Callable[[Deadline], dict[str
             size = (M, N, K, r)
             yield f"layer {M}x{N}x{K} r{r}", lambda _, size=size: layer(setting, clock, *size, mixed=False)
             yield f"products {M}x{N}x{K} r{r}", lambda _, size=size: products(setting, clock, *size)
+            if r == ranks[0] and K == N:
+                for few in rows[1:]:
+                    yield (
+                        f"layer {few}x{N}x{K} r{r}",
+                        lambda _, size=(few, *size[1:]): layer(setting, clock, *size, mixed=False),
+                    )
             if setting.tiny or (r == ranks[0] and K == N):
                 yield f"mixed batch {M}x{N}x{K} r{r}", lambda _, size=size: layer(setting, clock, *size, mixed=True)
                 yield f"three layers {M}x{K} r{r}", lambda _, size=(M, K, r): _shared(setting, clock, *size)
