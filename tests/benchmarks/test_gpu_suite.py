@@ -38,7 +38,7 @@ def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The record of the whole suite, by the command of the documentation."""
     output = tmp_path_factory.mktemp("gpu") / "record.json"
     environment = {k: v for k, v in os.environ.items() if k not in ("IGULORA_BACKEND", "TRITON_INTERPRET")}
-    command = [sys.executable, str(FOLDER / "gpu_suite.py"), "--tiny", "--minutes", "4", "--output", str(output)]
+    command = [sys.executable, str(FOLDER / "gpu_suite.py"), "--tiny", "--minutes", "9", "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return output
