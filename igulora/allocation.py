@@ -74,9 +74,7 @@ class Allocator:
         """
         bank, config = self.bank, self.config
         scores = POLICIES[config.method](bank, importance, config)
-        budget = torch.tensor(self.schedule.budget(step), dtype=torch.int64)
-        if bank.device.type == "cuda":
-            budget = budget.pin_memory().to(bank.device, non_blocking=True)
+        budget = torch.full((), self.schedule.budget(step), dtype=torch.int64, device=bank.device)  # a fill, no copy
         live = allocate_triplets(
             scores,
             budget,

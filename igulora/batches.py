@@ -59,16 +59,21 @@ def batch_size(batch: Any) -> int:
     return size
 
 
+def _chosen(t: Tensor, rows: Tensor) -> Tensor:
+    # To the host the copy has to be waited for: an index that is still on its way would be read as it is.
+    return t.index_select(0, rows.to(t.device, non_blocking=t.device.type != "cpu"))
+
+
 def take_rows(batch: Any, rows: Tensor) -> Any:
-    """The sequences ``rows`` (int64 index on any device) of a batch."""
-    return map_tensors(batch, lambda t: t if t.ndim == 0 else t.index_select(0, rows.to(t.device, non_blocking=True)))
+    """The sequences ``rows`` (int64 index on any device) of a batch; on the batch's own device nothing waits."""
+    return map_tensors(batch, lambda t: t if t.ndim == 0 else _chosen(t, rows))
 
 
 def append_rows(batch: Any, rows: Tensor) -> Any:
     """The batch with the sequences ``rows`` of it appended."""
 
     def extended(t: Tensor) -> Tensor:
-        return t if t.ndim == 0 else torch.cat((t, t.index_select(0, rows.to(t.device, non_blocking=True))))
+        return t if t.ndim == 0 else torch.cat((t, _chosen(t, rows)))
 
     return map_tensors(batch, extended)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -100,10 +101,10 @@ class Importance:
         if self.stats is None:
             raise ValueError("expected row statistics, got none: no score update was made yet")
         per_triplet = self.stats[:, 1:].mean(1)  # (4, triplets)
-        layers = self.bank.layer_index
-        sums = per_triplet.new_zeros((4, len(self.bank.layers))).index_add_(1, layers, per_triplet)
-        counts = torch.bincount(layers, minlength=len(self.bank.layers)).clamp_(min=1)
-        return dict(zip(("score", "y", "mean", "deviation"), sums / counts, strict=True))
+        starts = self.bank.starts
+        means = [per_triplet[:, a:b].sum(1) / max(b - a, 1) for a, b in itertools.pairwise(starts)]
+        table = torch.stack(means, dim=1) if means else per_triplet.new_zeros((4, 0))
+        return dict(zip(("score", "y", "mean", "deviation"), table, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by name, and the number of updates."""

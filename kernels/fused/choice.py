@@ -109,7 +109,9 @@ def candidates(problem: Problem, family: str) -> list[Product]:
     with_descriptors = family in gemm.DESCRIPTOR_FAMILIES and problem.dtype != torch.float32
     for form in ("pointers", "descriptors") if with_descriptors else ("pointers",):
         descriptors = form == "descriptors"
-        tiles = gemm.candidates(family, problem.dtype.itemsize, problem.block_r, descriptors=descriptors)
+        tiles = gemm.candidates(
+            family, problem.dtype.itemsize, problem.block_r, descriptors=descriptors, dropout=problem.dropout
+        )
         found += [Product(form, tile) for tile in tiles]
     if problem.temporary and not problem.dropout:
         found.append(Product("augmented"))

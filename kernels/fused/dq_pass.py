@@ -219,12 +219,12 @@ def traffic_dq_pass(
 
 
 def specimens(family: str) -> list[Specimen]:
-    """Every configuration of :func:`launch_dq_pass` on a family: one layer and a full group, ordinary step and mixed batch."""
+    """Every configuration of :func:`launch_dq_pass` on a family: one layer and a full group, ordinary step, mixed batch, dropout."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         name = TYPE_NAMES[dtype]
         for BLOCK_R in (16, 32, 64, 128, 256):
-            for count, mixed in sorted({(1, False), (1, True), (members(BLOCK_R), True)}):
+            for count, kind in sorted({(1, ""), (1, " mixed"), (members(BLOCK_R), " mixed dropout")}):
                 types = {"x_ptr": f"*{name}", "alpha_ptr": "*fp32", "weight_ptr": "*fp32", "seed_ptr": "*i64"}
                 types |= {f"g{i}_ptr": f"*{name}" for i in range(3)} | {f"part{i}_ptr": "*fp32" for i in range(3)}
                 types |= {f"{kind}": "i32" for i in range(3) for kind in (f"R{i}", f"G{i}_COLS")}
@@ -233,13 +233,13 @@ def specimens(family: str) -> list[Specimen]:
                 ) | {"keep_scale": "fp32"}
                 constants = {
                     "MEMBERS": count,
-                    "HAS_ALPHA": mixed,
-                    "HAS_WEIGHT": mixed,
-                    "DROPOUT": False,
+                    "HAS_ALPHA": kind != "",
+                    "HAS_WEIGHT": kind != "",
+                    "DROPOUT": "dropout" in kind,
                     "PRECISION": dot_precision(dtype),
                     "BLOCK_R": BLOCK_R,
                 }
-                label = f"dq pass {name} r{BLOCK_R} x{count}{' mixed' if mixed else ''}"
+                label = f"dq pass {name} r{BLOCK_R} x{count}{kind}"
                 tile = config(family, dtype.itemsize, BLOCK_R, count)
                 found.append(tile.specimen(label, _dq_pass_kernel, types, constants))
     return found

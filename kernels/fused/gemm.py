@@ -38,10 +38,12 @@ def rank_tile(R: int, itemsize: int) -> int:
     return min(block_rank(R), 64 if itemsize == 2 else 32)
 
 
-def config(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool) -> Tile:
-    """Default tiles; a wide rank bucket narrows them, since its two tiles share registers and memory with the accumulator."""
+def config(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool, dropout: bool = False) -> Tile:
+    """Default tiles; a wide rank bucket narrows them, and so does dropout, whose words share registers with the accumulator."""
     if itemsize == 4:
         return Tile(64, 64, 32, 8, num_warps=8, num_stages=2)
+    if dropout:
+        return Tile(128, 64, 64 if family in DESCRIPTOR_FAMILIES else 32, 8, num_warps=8, num_stages=3)
     wide = BLOCK_R > 32
     if family in ("sm_90", "sm_100"):
         return Tile(128, 128 if wide else 256, 64, 8, num_warps=8, num_stages=3)
@@ -57,10 +59,10 @@ def config(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool) -> Ti
     )
 
 
-def candidates(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool) -> list[Tile]:
+def candidates(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool, dropout: bool = False) -> list[Tile]:
     """What tuning tries: the default first."""
-    default = config(family, itemsize, BLOCK_R, descriptors=descriptors)
-    if itemsize == 4:
+    default = config(family, itemsize, BLOCK_R, descriptors=descriptors, dropout=dropout)
+    if itemsize == 4 or dropout:
         return [default]
     others = [Tile(128, 128, 64, 8, 8, 3), Tile(128, 64, 64, 8, 4, 3), Tile(64, 128, 64, 8, 4, 3)]
     if family in ("sm_80", "sm_86", "sm_120"):
@@ -351,10 +353,14 @@ def specimens(family: str) -> list[Specimen]:
                     found += [
                         _specimen(name, dtype, tile, BLOCK_R, transposed, descriptors) for transposed in (True, False)
                     ]
+                tile = config(family, dtype.itemsize, BLOCK_R, descriptors=descriptors, dropout=True)
+                found.append(_specimen(name, dtype, tile, BLOCK_R, False, descriptors, dropout=True))
     return found
 
 
-def _specimen(name: str, dtype: torch.dtype, tile: Tile, BLOCK_R: int, transposed: bool, descriptors: bool) -> Specimen:
+def _specimen(
+    name: str, dtype: torch.dtype, tile: Tile, BLOCK_R: int, transposed: bool, descriptors: bool, dropout: bool = False
+) -> Specimen:
     types = {
         "s_ptr": f"*{name}",
         "f_ptr": "*fp32",
@@ -371,11 +377,13 @@ def _specimen(name: str, dtype: torch.dtype, tile: Tile, BLOCK_R: int, transpose
         "HAS_BIAS": transposed,
         "HAS_COEF": transposed,
         "HAS_ALPHA": True,
-        "DROPOUT": False,
+        "DROPOUT": dropout,
         "PRECISION": dot_precision(dtype),
         "BLOCK_R": BLOCK_R,
     }
-    label = f"{name} r{BLOCK_R} {tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K} w{tile.num_warps} {'forward' if transposed else 'backward'}"
+    direction = "backward dropout" if dropout else "forward" if transposed else "backward"
+    shape = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K} w{tile.num_warps}"
+    label = f"{name} r{BLOCK_R} {shape} {direction}"
     if descriptors:
         b_block = (tile.BLOCK_N, tile.BLOCK_K) if transposed else (tile.BLOCK_K, tile.BLOCK_N)
         types |= {

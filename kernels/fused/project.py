@@ -35,13 +35,13 @@ def members(BLOCK_R: int) -> int:
     return MEMBERS if BLOCK_R <= 128 else 1
 
 
-def config(family: str, itemsize: int, BLOCK_R: int, count: int) -> Tile:
+def config(family: str, itemsize: int, BLOCK_R: int, count: int, dropout: bool = False) -> Tile:
     """Tile sizes: the float32 accumulators of all members stay within 64 registers a thread."""
     width = BLOCK_R * count
     few = 64 if family in ("sm_80", "sm_86", "sm_120") else 48  # factors of mma.sync lie in registers
     warps = 4 if width <= few else 8
     BLOCK_M = 64 if width <= (128 if itemsize == 2 else 32) else 32 if itemsize == 2 or width <= 256 else 16
-    BLOCK_K = (64 if width <= 256 else 32) // (itemsize // 2)
+    BLOCK_K = 32 if itemsize == 4 or width > 256 or dropout else 64
     small = family in ("sm_86", "sm_120")
     stages = 4 if width <= 128 else 3
     return Tile(BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, num_warps=warps, num_stages=stages - 1 if small else stages)
@@ -276,6 +276,10 @@ def specimens(family: str) -> list[Specimen]:
                     types |= {f"s{i}_ptr": f"*{out}" for i in range(3)}
                     label = f"project {name} r{BLOCK_R} x{count}{'' if out == name else ' parts'}"
                     found.append(tile.specimen(label, _project_kernel, dict(types), constants))
+                tile = config(family, size, BLOCK_R, count, dropout=True)
+                types |= {f"s{i}_ptr": f"*{name}" for i in range(3)}
+                label = f"project {name} r{BLOCK_R} x{count} dropout"
+                found.append(tile.specimen(label, _project_kernel, types, {**constants, "DROPOUT": True}))
     types = {f"part{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": "*bf16" for i in range(3)}
     types |= {f"S{i}_COLS": "i32" for i in range(3)} | {"M": "i32", "splits": "i32"}
     found.append(Specimen("sum splits", _sum_splits_kernel, types, {"BLOCK": _SUM_BLOCK}, num_warps=4, dots=False))

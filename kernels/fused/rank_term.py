@@ -179,7 +179,7 @@ def traffic_rank_term(
 
 
 def specimens(family: str) -> list[Specimen]:
-    """Every configuration :func:`launch_rank_term` may use on a family: with bias as an addend, and added to a base's output."""
+    """Every configuration :func:`launch_rank_term` may use on a family: the addend of y, that of dx with dropout, an update."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         name = TYPE_NAMES[dtype]
@@ -189,16 +189,15 @@ def specimens(family: str) -> list[Specimen]:
             types |= dict.fromkeys(("f_ptr", "e_ptr", "mask_ptr", "alpha_ptr"), "*fp32") | {"seed_ptr": "*i64"}
             types |= dict.fromkeys(("M", "N", "R", "S_COLS", "rows_per_group", "threshold"), "i32")
             types |= {"scale": "fp32", "keep_scale": "fp32"}
-            for base in (False, True):
+            for kind in ("term", "term dropout", "update"):
                 constants = {
-                    "HAS_BASE": base,
-                    "HAS_BIAS": not base,
-                    "HAS_COEF": True,
+                    "HAS_BASE": kind == "update",
+                    "HAS_BIAS": kind == "term",
+                    "HAS_COEF": kind != "term dropout",
                     "HAS_ALPHA": True,
-                    "DROPOUT": False,
+                    "DROPOUT": kind == "term dropout",
                     "PRECISION": dot_precision(dtype),
                     "BLOCK_R": BLOCK_R,
                 }
-                label = f"rank {'update' if base else 'term'} {name} r{BLOCK_R}"
-                found.append(tile.specimen(label, _rank_term_kernel, types, constants))
+                found.append(tile.specimen(f"rank {kind} {name} r{BLOCK_R}", _rank_term_kernel, types, constants))
     return found

@@ -62,8 +62,9 @@ def row_factors(
     group = rows // rows_per_group
     factor = tl.where(rows < end, 1.0, 0.0)
     if HAS_ALPHA:
-        factor = tl.load(alpha_ptr + group, mask=(rows < end) & in_first, other=0.0) + tl.where(in_first, 0.0, factor)
+        alpha = tl.load(alpha_ptr + group, mask=rows < tl.where(in_first, end, 0), other=0.0)
+        factor = tl.where(in_first, alpha, factor)
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + group, mask=(rows < end) & (in_first == 0), other=0.0)
+        weight = tl.load(weight_ptr + group, mask=rows < tl.where(in_first, 0, end), other=0.0)
         factor = tl.where(in_first, factor, weight)
     return factor

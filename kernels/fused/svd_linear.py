@@ -60,7 +60,8 @@ def project(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) 
     BLOCK_R = block_rank(max((Q.shape[0] for Q in Qs), default=0))
     for start in range(0, len(busy), projection.members(BLOCK_R)):
         chosen = busy[start : start + projection.members(BLOCK_R)]
-        tile = projection.config(family(x.device), x.element_size(), BLOCK_R, len(chosen))
+        dropout = seed is not None and dropout_p > 0.0
+        tile = projection.config(family(x.device), x.element_size(), BLOCK_R, len(chosen), dropout)
         masters = [Qs[i].contiguous() for i in chosen]
         projection.launch_project(x2, masters, [out[i] for i in chosen], seed, dropout_p, tile)
     return [S[:, : Q.shape[0]] for S, Q in zip(out, Qs, strict=True)]
