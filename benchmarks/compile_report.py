@@ -5,9 +5,9 @@
     python benchmarks/compile_report.py --check                  # exit code 1 and a list if a kernel breaks a rule
     make compile-report TRITON=3.6.0                             # check with that Triton, in an environment of its own; keep the result
 
-The rules: no stack, shared memory within the architecture's limit, products on tensor cores, no atomics, and 16-byte global accesses on
-aligned inputs: the widest load, the widest store, and those of every source line that moves a tile large enough. AMD's gfx942 is compiled
-and shown but held to no rule.
+The rules: nothing on the stack, shared memory within the architecture's limit, products on tensor cores, no atomics, and 16-byte global
+accesses on aligned inputs: the widest load, the widest store, and those of every source line that moves a tile large enough. AMD's gfx942
+is compiled and shown but held to no rule.
 """
 
 from __future__ import annotations

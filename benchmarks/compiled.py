@@ -71,6 +71,8 @@ class Row:
     Attributes:
         registers: per thread.
         stack: bytes per thread that went to memory: spills and arrays.
+        reloads: number of instructions that read the stack. There may be none: for sm_120, the assembler of Triton 3.6 stores a zero to the
+            stack at each tile copy and never reads it.
         shared: bytes per program, asked for at the launch and static together.
         tensor: number of tensor-core instructions in the code, by instruction and operand type.
         scalar_dots: products that were left to ordinary arithmetic.
@@ -88,6 +90,7 @@ class Row:
     stages: int
     registers: int
     stack: int
+    reloads: int
     shared: int
     tensor: dict[str, int]
     scalar_dots: int
@@ -127,16 +130,25 @@ def occupancy(arch: str, registers: int, shared: int, warps: int, tensor_columns
     return 100 * limits[bound] * warps / a.warps, bound
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL of a binary with one kernel, from the ``cuobjdump`` that comes with Triton."""
+def _tool(name: str, *arguments: str, binary: bytes) -> str:
+    """What a tool that comes with Triton says of a binary."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+        command = [getattr(knobs.nvidia, name).path, *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL of a binary with one kernel, and the number of reads of its stack."""
+    text = _tool("cuobjdump", "-res-usage", binary=cubin)
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    found["STACK"] = max(found["STACK"], found["LOCAL"])
+    return found | {
+        "RELOADS": len(re.findall(r"\bLDL\b", _tool("nvdisasm", "-c", binary=cubin))) if found["STACK"] else 0
+    }
 
 
 def _of_nvidia(compiled: Any, arch: str) -> dict[str, Any]:
@@ -146,7 +158,8 @@ def _of_nvidia(compiled: Any, arch: str) -> dict[str, Any]:
     static = max(resources["SHARED"] - ARCHITECTURES[arch].reserved, 0) if int(arch[3:]) >= 90 else resources["SHARED"]
     return {
         "registers": resources["REG"],
-        "stack": max(resources["STACK"], resources["LOCAL"]),
+        "stack": resources["STACK"],
+        "reloads": resources["RELOADS"],
         "shared": compiled.metadata.shared + static,
         "tensor": dict(sorted(tensor_instructions(ptx).items())),
         "loads": loads,
@@ -162,6 +175,7 @@ def _of_amd(compiled: Any, arch: str) -> dict[str, Any]:
     return {
         "registers": counts["vgpr_count"],
         "stack": counts["private_segment_fixed_size"],
+        "reloads": len(re.findall(r"\bscratch_load_", assembly)),
         "shared": compiled.metadata.shared,
         "tensor": dict(sorted(tensor_instructions_amd(assembly).items())),
         "loads": loads,
@@ -245,8 +259,8 @@ def breaches(row: Row, specimen: Specimen) -> list[tuple[str, str]]:
     """The rules for kernels of ours that this one breaks: name of the rule and by how much."""
     limit = SHARED_MEMORY[ARCHITECTURES[row.arch].family]
     found = []
-    if row.stack:
-        found.append(("no stack", f"{row.stack} bytes per thread"))
+    if row.reloads:
+        found.append(("nothing on the stack", f"{row.stack} bytes per thread, read {row.reloads} times"))
     if row.shared > limit:
         found.append(("shared memory within the limit", f"{row.shared} bytes of {limit}"))
     if specimen.dots and not row.tensor:

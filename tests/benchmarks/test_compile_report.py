@@ -185,7 +185,7 @@ def test_faults_are_found(tmp_path: Path) -> None:
     rows = {row["label"]: row for row in record["rows"]}
     assert found == {
         ("_unlisted_kernel of toy_faults", "every kernel in a specimen"),
-        ("spills", "no stack"),
+        ("spills", "nothing on the stack"),
         ("too much shared memory", "shared memory within the limit"),
         ("scalar product", "products on tensor cores"),
         ("strided", "loads of 16 bytes"),
@@ -195,6 +195,7 @@ def test_faults_are_found(tmp_path: Path) -> None:
         ("ends", "it compiles"),
     }
     assert rows["spills"]["stack"] > 0
+    assert rows["contiguous"]["stack"] == rows["contiguous"]["reloads"] == 0
     assert "name_that_is_nowhere" in done.stdout
     assert "the compiler ended the process" in done.stdout
 
@@ -229,18 +230,18 @@ def test_the_page_shows_what_the_reports_hold(scripts: dict[str, ModuleType], tm
         "occupancy": 25.0,
         "bound": "shared memory",
     }
-    for triton, registers in (("3.10.0", 70), ("3.9.0", 64)):
+    for triton, registers, stack in (("3.10.0", 70, 8), ("3.9.0", 64, 0)):
         record = {
             "date": "2026-01-02",
             "versions": {"triton": triton, "commit": "abc"},
             "breaches": [],
             "failed": [{"label": "product fp32", "arch": "gfx942", "reason": "no such precision"}],
-            "rows": [row | {"registers": registers}],
+            "rows": [row | {"registers": registers, "stack": stack}],
         }
         (tmp_path / f"{triton}.json").write_text(scripts["compile_report"].dump(record), encoding="utf-8")
     text = scripts["render_compiled"].page(scripts["render_compiled"].read(tmp_path))
     assert "| 3.10.0 | 2026-01-02 | abc | 1 | 1 | 0 | 70 | `wgmma.mma_async` |" in text
-    assert "| product bf16 | 4/3 | 64/70 | 48.0 | wgmma.mma_async bf16 ×4 | TMA | 16 | 25 (shared memory) |" in text
+    assert "| product bf16 | 4/3 | 64/70+8 | 48.0 | wgmma.mma_async bf16 ×4 | TMA | 16 | 25 (shared memory) |" in text
     assert "registers, 3.9.0/3.10.0" in text
     assert "no such precision: product fp32 on gfx942" in text
 
