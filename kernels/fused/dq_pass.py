@@ -35,7 +35,7 @@ def config(family: str, itemsize: int, BLOCK_R: int, count: int) -> Tile:
     """Columns of x per program: the float32 accumulators of all members stay within 64 registers a thread."""
     width = BLOCK_R * count
     if itemsize == 4:
-        return Tile(BLOCK_M=32, BLOCK_K=64 if width <= 96 else 32, num_warps=8 if width > 64 else 4, num_stages=1)
+        return Tile(BLOCK_M=32, BLOCK_K=64 if width <= 64 else 32, num_warps=8 if width > 64 else 4, num_stages=1)
     BLOCK_K = 128 if width <= 128 else 64 if width <= 256 else 32
     stages = 2 if family in ("sm_86", "sm_120") or width > 384 else 3
     return Tile(

@@ -42,6 +42,8 @@ def config(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool, dropo
     """Default tiles; a wide rank bucket narrows them, and so does dropout, whose words share registers with the accumulator."""
     if itemsize == 4:
         return Tile(64, 64, 32, 8, num_warps=8, num_stages=2)
+    if dropout and descriptors and family == "sm_120":
+        return Tile(64, 64, 64, 8, num_warps=4, num_stages=3)
     if dropout:
         return Tile(128, 64, 64 if family in DESCRIPTOR_FAMILIES else 32, 8, num_warps=8, num_stages=3)
     wide = BLOCK_R > 32
