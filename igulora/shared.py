@@ -35,6 +35,7 @@ class SharedInput:
     def __init__(self, layers: list[FusedSVDLinear]) -> None:
         self.layers = layers
         self._x: Tensor | None = None
+        self._version = 0  # raised by every change in place
         self._seed: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
         # Slots that took their S, input by input, since the member that opens a forward was last called.
@@ -46,12 +47,16 @@ class SharedInput:
     def take(self, layer: FusedSVDLinear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(S, dropout seed) of a layer for x; (None, None) when it is to compute them itself."""
         watching = not torch.compiler.is_compiling()  # what a compiled graph was traced with stays
-        if self._x is not x or layer.slot not in self._ready:
+        if layer.training is not self.layers[0].training or all(member is not layer for member in self.layers):
+            return None, None  # a mode of its own, or a replica of a member
+        version = x._version if watching and not x.is_inference() else 0
+        if self._x is not x or self._version != version or layer.slot not in self._ready:
             if watching and self._opens(layer):
                 if self._part():
                     return (None, None) if layer.shared is None else layer.shared.take(layer, x)
                 self._opener, self._rounds = layer.slot, []
             self._start(x)
+            self._version = version
             if watching:
                 self._rounds.append([])
         if watching and self._rounds:
@@ -88,7 +93,8 @@ class SharedInput:
         first = self.layers[0]
         context = first.context
         self._seed = first.dropout_seed(x)
-        Qs: list[Tensor] = [layer.lora_Q for layer in self.layers]
+        layers = [layer for layer in self.layers if not layer.merged]
+        Qs: list[Tensor] = [layer.lora_Q for layer in layers]
         if context.train_groups == 0:  # a pure path pass: no parameter in the graph, yet a backward
             Qs = [Q.detach().requires_grad_(torch.is_grad_enabled()) for Q in Qs]
         sampled = context.path_start is not None
@@ -101,10 +107,10 @@ class SharedInput:
             train_groups=context.train_groups,
             path_start=context.path_start,
             path_weight=context.path_weight,
-            path_Qs=[context.accumulators[layer.slot][2] for layer in self.layers] if sampled else None,
+            path_Qs=[context.accumulators[layer.slot][2] for layer in layers] if sampled else None,
         )
         self._x = x
-        self._ready = {layer.slot: part for layer, part in zip(self.layers, S, strict=True)}
+        self._ready = {layer.slot: part for layer, part in zip(layers, S, strict=True)}
 
 
 def share_inputs(names: list[str], layers: list[FusedSVDLinear]) -> None:

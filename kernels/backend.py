@@ -59,6 +59,14 @@ def on_device(like: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(like.device)
 
 
+def as_given(like: Tensor) -> AbstractContextManager[object]:
+    """Autocast off: operands arrive in the dtype they are to be computed in."""
+    kind = like.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def interpreting() -> bool:
     """Whether Triton interprets kernels instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -100,6 +108,11 @@ def _warn_once(reason: str) -> None:
     )
 
 
+def _expected(kind: str) -> bool:
+    """Whether the reference is what a device of this type is there to run."""
+    return kind == "meta" or (kind == "cpu" and not interpreting())
+
+
 def runs_fused(like: Tensor, rank: int = 0) -> bool:
     """Whether an operator on tensors of this device and dtype, and of this rank, runs as a Triton kernel.
 
@@ -107,7 +120,7 @@ def runs_fused(like: Tensor, rank: int = 0) -> bool:
         ValueError: kernels were asked for by name and cannot run.
     """
     forced = _forced[-1] if _forced else _from_environment()
-    if forced == "reference" or (forced is None and like.device.type == "cpu" and not interpreting()):
+    if forced == "reference" or (forced is None and _expected(like.device.type)):
         return False
     reason = obstacle(like, rank)
     if reason is None:

@@ -1,7 +1,8 @@
 """Orthogonality penalty of all P and Q at once: value and closed-form gradient, no autograd (ALGORITHMS 2.4).
 
 Contract. ``R = mean over matrices of ||A A^T - I||_F`` over stored rows; its gradient ``2 (A A^T - I) A / ||A A^T - I||_F`` (0 where
-the norm is 0), times ``gamma / number of matrices``, is added to the flat gradient. Float32 throughout, fixed-order sums.
+the norm is no more than rounding: :func:`noise_floor`), times ``gamma / number of matrices``, is added to the flat gradient. Float32
+throughout, fixed-order sums.
 ``groups`` is a flat list of (offset, matrices, rank, length): matrices of one shape, stored one after the other. The reference takes a
 group at a time; the kernels of ``fused/orthogonality.py`` take all matrices at once, by a table on the device whose rows are the parts
 that programs work on (:func:`work_table`). A caller that keeps the table spares each call a copy to the device.
@@ -22,6 +23,11 @@ from .fused.common import block_rank, cdiv, padded_rank
 SEGMENT = 1024
 LARGEST_TILE = 64  # rows; larger tiles of float32 products spill
 TILES = MAX_RANK // LARGEST_TILE
+
+
+def noise_floor(rank: int, dtype: torch.dtype) -> float:
+    """The norm below which ``A A^T - I`` is rounding, and its direction no gradient: orthonormal rows are as orthonormal as they get."""
+    return 8.0 * torch.finfo(dtype).eps * rank
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ def _reference(
             diagonal.sub_(1.0)
         norm = torch.linalg.vector_norm(gram, dim=(1, 2))
         penalty += norm.sum()
-        coef = torch.where(norm > 0, (2.0 * gamma / count) / norm, torch.zeros_like(norm))
+        noise = noise_floor(rank, weight.dtype)
+        coef = torch.where(norm > noise, (2.0 * gamma / count) / norm, torch.zeros_like(norm))
         grad[part].view(matrices, rank, length).baddbmm_(gram.mul_(coef.view(-1, 1, 1)), A)
     return penalty / count
 

@@ -20,7 +20,7 @@ from .philox import dropout_keep_mask
 
 def rows_first(t: Tensor) -> Tensor:
     """(..., K) as (M, K)."""
-    return t.reshape(-1, t.shape[-1])
+    return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
 
 
 def group_count(alpha: Tensor | None, path_weight: Tensor | None) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import on_device, runs_fused
+from .backend import as_given, on_device, runs_fused
 from .checks import (
     Path,
     check_device,
@@ -96,7 +96,7 @@ def _fake_fwd(
     train_groups,
     path_start,
 ):
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    rows = x.shape[:-1].numel()
     saved = rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), saved
 
@@ -209,18 +209,20 @@ def _dispatch_fwd(x, weight, bias, P, *rest):
     if runs_fused(x, P.shape[0]):
         from .fused import svd_linear as fused  # Triton takes half a second to import, and is absent on some platforms
 
-        with on_device(x):
+        with on_device(x), as_given(x):
             return fused.forward(x, weight, bias, P, *rest)
-    return _reference_fwd(x, weight, bias, P, *rest)
+    with as_given(x):
+        return _reference_fwd(x, weight, bias, P, *rest)
 
 
 def _dispatch_bwd(dy, S, x, weight, P, *rest):
     if runs_fused(x, P.shape[0]):
         from .fused import svd_linear as fused
 
-        with on_device(x):
+        with on_device(x), as_given(x):
             return fused.backward(dy, S, x, weight, P, *rest)
-    return _reference_bwd(dy, S, x, weight, P, *rest)
+    with as_given(x):
+        return _reference_bwd(dy, S, x, weight, P, *rest)
 
 
 _svd_linear_fwd = torch.library.custom_op("igulora::svd_linear_fwd", _reference_fwd, mutates_args=())

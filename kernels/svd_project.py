@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import on_device, runs_fused
+from .backend import as_given, on_device, runs_fused
 from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
 from .rows import group_count, keep_factor, q_gradient, rank_buffer, rows_first
 
@@ -40,7 +40,7 @@ def _reference_fwd(
 
 
 def _fake_fwd(x, Qs, *_rest):
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    rows = x.shape[:-1].numel()
     return [rank_buffer(x, rows, Q.shape[0]) for Q in Qs]
 
 
@@ -88,18 +88,20 @@ def _dispatch_fwd(x, Qs, seed, dropout_p, *rest):
     if runs_fused(x, _widest(Qs)):
         from .fused import svd_linear as fused
 
-        with on_device(x):
+        with on_device(x), as_given(x):
             return fused.project(x, Qs, seed, dropout_p)
-    return _reference_fwd(x, Qs, seed, dropout_p, *rest)
+    with as_given(x):
+        return _reference_fwd(x, Qs, seed, dropout_p, *rest)
 
 
 def _dispatch_bwd(Gs, x, Qs, *rest):
     if runs_fused(x, _widest(Qs)):
         from .fused import svd_linear as fused
 
-        with on_device(x):
+        with on_device(x), as_given(x):
             return fused.project_backward(Gs, x, Qs, *rest)
-    return _reference_bwd(Gs, x, Qs, *rest)
+    with as_given(x):
+        return _reference_bwd(Gs, x, Qs, *rest)
 
 
 _svd_project_fwd = torch.library.custom_op("igulora::svd_project_fwd", _reference_fwd, mutates_args=())
@@ -184,7 +186,7 @@ def svd_project(
     for i, Q in enumerate(Qs):
         if Q.ndim != 2 or Q.shape[1] != x.shape[-1]:
             raise ValueError(f"expected Qs of shape (r, {x.shape[-1]}), got {tuple(Q.shape)} at index {i}")
-    check_device(x, {"Q": Qs[0], "alpha": alpha})
+    check_device(x, {"alpha": alpha, "path_weight": path_weight, **{f"Qs[{i}]": Q for i, Q in enumerate(Qs)}})
     check_dropout(dropout_p)
     train_groups, path_start = check_rows(alpha, path_weight, train_groups, path_start, path_Qs is not None)
     scalars = (float(dropout_p), train_groups, path_start)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import on_device, runs_fused
+from .backend import as_given, on_device, runs_fused
 from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
 from .rows import flat_alpha, group_count, keep_factor, rank_buffer, rows_first, times_per_group
 from .svd_linear import _svd_linear_bwd
@@ -48,9 +48,10 @@ def _run(y: Tensor, x: Tensor, P: Tensor, *rest: Any) -> Tensor:
     if runs_fused(x, P.shape[0]):
         from .fused import svd_linear as fused
 
-        with on_device(x):
+        with on_device(x), as_given(x):
             return fused.update(y, x, P, *rest)
-    return _reference(y, x, P, *rest)
+    with as_given(x):
+        return _reference(y, x, P, *rest)
 
 
 @torch.library.custom_op("igulora::svd_update", mutates_args=())
@@ -98,7 +99,7 @@ def _svd_update_(
 
 @_svd_update.register_fake
 def _(y, x, P, E, Q, mask, alpha, S, *_rest):
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    rows = x.shape[:-1].numel()
     return (
         torch.empty_like(y, memory_format=torch.contiguous_format),
         rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,)),
@@ -107,7 +108,7 @@ def _(y, x, P, E, Q, mask, alpha, S, *_rest):
 
 @_svd_update_.register_fake
 def _(y, x, P, E, Q, mask, alpha, S, *_rest):
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    rows = x.shape[:-1].numel()
     return rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,))
 
 
@@ -158,6 +159,11 @@ class _InPlace(torch.autograd.Function):
         return _gradients(ctx, dy)
 
 
+def _may_be_written(y: Tensor, x: Tensor) -> bool:
+    """Not x itself, and no view that was made without gradients: autograd refuses to change those."""
+    return y.is_contiguous() and y is not x and not (y._is_view() and y.grad_fn is None)
+
+
 def svd_update(
     y: Tensor,
     x: Tensor,
@@ -199,6 +205,6 @@ def svd_update(
     accumulators = path if path is not None else (None, None, None)
     inputs = (y, x, P, E, Q, mask, alpha, S, path_weight, *accumulators, seed)
     inputs += (float(scale), float(dropout_p), train_groups, path_start)
-    if torch.compiler.is_compiling() or not y.is_contiguous():
+    if torch.compiler.is_compiling() or not _may_be_written(y, x):
         return _svd_update(*inputs)[0]
     return _InPlace.apply(*inputs)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..orthogonality import LARGEST_TILE, SEGMENT, TILES, Plan
+from ..orthogonality import LARGEST_TILE, SEGMENT, TILES, Plan, noise_floor
 from ..traffic import Traffic
 from .common import Specimen, cdiv, dot_precision, family, padded_rank
 
@@ -275,6 +275,7 @@ def _gradient_kernel(
     MATRICES,
     share,
     scale,
+    noise,
     BLOCK_MATRICES: tl.constexpr,
     SEGMENT: tl.constexpr,
     TILE: tl.constexpr,
@@ -294,7 +295,8 @@ def _gradient_kernel(
     else:
         offset, rank, length, first_row, first_col, place, matrix = _item(table_ptr, pid - 1)
         norm = tl.sqrt_rn(tl.sum(tl.load(square_ptr + matrix * TILES + tl.arange(0, TILES)), 0))
-        coef = tl.where(norm > 0, tl.div_rn(scale, tl.where(norm > 0, norm, 1.0)), 0.0)
+        above = norm > noise * rank
+        coef = tl.where(above, tl.div_rn(scale, tl.where(above, norm, 1.0)), 0.0)
         stop = tl.minimum(first_col + SEGMENT * ((rank + TILE - 1) // TILE), length)
         start = first_col // SEGMENT * SEGMENT
         residual_ptr += place
@@ -361,6 +363,7 @@ def launch_orthogonality(
             plan.matrices,
             1.0 / plan.count,
             2.0 * gamma / plan.count,
+            noise_floor(1, torch.float32),
             **config.of_gradient(plan.tile),
         )
     if g is not grad:
@@ -404,7 +407,9 @@ def specimens(family: str) -> list[Specimen]:
     small = "a tile of 16 x 16 has less than 16 bytes per thread"
     table = {"table_ptr": "*i64", "share_ptr": "*fp32"}
     flat = {"weight_ptr": "*fp32", "grad_ptr": "*fp32", "table_ptr": "*i64", "residual_ptr": "*fp32"}
-    scalars = {"square_ptr": "*fp32", "penalty_ptr": "*fp32", "MATRICES": "i32", "share": "fp32", "scale": "fp32"}
+    scalars = {"square_ptr": "*fp32", "penalty_ptr": "*fp32", "MATRICES": "i32", "share": "fp32", "scale": "fp32"} | {
+        "noise": "fp32"
+    }
     found = []
 
     def add(label: str, kernel: Any, types: dict[str, str], config: dict[str, Any], **more: Any) -> None:

@@ -39,6 +39,7 @@ def rank_rows(
     rows,
     first,
     M,
+    R,
     S_COLS,
     rows_per_group,
     HAS_ALPHA: tl.constexpr,
@@ -51,6 +52,7 @@ def rank_rows(
     r = first + tl.arange(0, BLOCK_R)
     inside = (rows[:, None] < M) & (r[None, :] < S_COLS)
     t = tl.load(s_ptr + rows.to(tl.int64)[:, None] * S_COLS + r[None, :], mask=inside, other=0.0)
+    t = tl.where(r[None, :] < R, t, 0.0).to(t.dtype)  # what lies in the padding is not ours to know
     if HAS_ALPHA:
         t = (t * group_factor(alpha_ptr, rows, M, rows_per_group)[:, None]).to(t.dtype)
     return t
@@ -111,7 +113,7 @@ def add_rank_term(
     """acc (rows, BLOCK_N) plus bias and the rank term, columns from ``first_column`` (a multiple of 4) on; dropout cuts the rank term."""
     columns = first_column + tl.arange(0, BLOCK_N)
     for first in tl.range(0, R, BLOCK_R, num_stages=1):
-        t = rank_rows(s_ptr, alpha_ptr, rows, first, M, S_COLS, rows_per_group, HAS_ALPHA, BLOCK_R)
+        t = rank_rows(s_ptr, alpha_ptr, rows, first, M, R, S_COLS, rows_per_group, HAS_ALPHA, BLOCK_R)
         f = rank_columns(f_ptr, e_ptr, mask_ptr, columns, first, N, R, scale, HAS_COEF, BLOCK_R, DTYPE)
         if DROPOUT:
             term = tl.dot(t, f, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)

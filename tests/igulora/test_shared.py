@@ -234,6 +234,34 @@ def test_compaction_and_merging(config) -> None:
     torch.testing.assert_close(model(x_of()), merged, rtol=1e-4, atol=1e-5)
 
 
+def test_an_input_changed_in_place_is_another_input(config) -> None:
+    class Changing(Attention):
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            x = x * 1.0
+            q = self.q_proj(x)
+            x.mul_(2.0)
+            return q + self.k_proj(x) * self.v_proj(x)
+
+    results = []
+    for alone in (False, True):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(adapted(config, Changing(), alone=alone)(x_of()))
+    torch.testing.assert_close(*results)
+
+
+def test_a_member_in_another_mode_keeps_to_itself(config) -> None:
+    model = adapted(config, dropout=0.5)
+    model.get_submodule("attention.q_proj").eval()
+    key = model.get_submodule("attention.k_proj")
+    x = x_of()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.get_submodule("attention.q_proj")(x)
+        first, second = key(x), key(x)
+    assert not torch.equal(first, second)  # dropout is drawn
+
+
 class Halving(nn.Linear):
     """A base with a forward of its own, as quantised layers have."""
 

@@ -50,7 +50,6 @@ def test_the_interpreter_makes_a_cpu_run_kernels(monkeypatch: pytest.MonkeyPatch
         (torch.ones(2, dtype=torch.float64), 8, "torch.float64, not bfloat16, float16 or float32"),
         (torch.ones(2), 257, "the rank is 257, above 256"),
         (torch.ones(2, dtype=torch.bfloat16), 8, "interpreter computes products of bfloat16 wrongly"),
-        (torch.ones(2, device="meta"), 8, "device of type 'meta'"),
     ],
 )
 def test_what_kernels_cannot_do_falls_back_with_one_warning(like, rank, reason) -> None:
@@ -64,6 +63,14 @@ def test_what_kernels_cannot_do_falls_back_with_one_warning(like, rank, reason) 
         runs_fused(like, rank)
     with use_backend("reference"):
         assert not runs_fused(like, rank)
+
+
+def test_the_meta_device_counts_silently() -> None:
+    with use_backend(None), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not runs_fused(torch.ones(2, device="meta"))
+    with use_backend("triton"), pytest.raises(ValueError, match="device of type 'meta'"):
+        runs_fused(torch.ones(2, device="meta"))
 
 
 def test_triton_missing(monkeypatch: pytest.MonkeyPatch) -> None:

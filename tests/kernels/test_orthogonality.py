@@ -97,3 +97,15 @@ def test_same_bits_and_bad_input() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     with pytest.raises(ValueError, match=r"one length, got \(80,\) and \(79,\)"):
         orthogonality_grad_(weights(), torch.zeros(79, dtype=torch.float64), GROUPS, 0.1)
+
+
+def test_orthonormal_rows_are_left_alone() -> None:
+    """Their A A^T - I is rounding; divided by its own norm it would push every row somewhere at full strength."""
+    g = torch.Generator().manual_seed(0)
+    for rank, length in ((1, 64), (8, 200), (32, 4096), (64, 576)):
+        A = torch.linalg.qr(torch.randn(length, rank, generator=g)).Q.t().contiguous().view(-1)
+        grad = torch.zeros_like(A)
+        orthogonality_grad_(A, grad, [0, 1, rank, length], 0.1)
+        assert torch.count_nonzero(grad) == 0
+        orthogonality_grad_(A * 1.001, grad, [0, 1, rank, length], 0.1)
+        assert torch.count_nonzero(grad) > 0

@@ -107,6 +107,39 @@ def test_compiled_and_eager_agree() -> None:
         torch.testing.assert_close(t[name].grad, u[name].grad, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("backward_inside", [False, True])
+def test_under_autocast_a_float32_base_is_updated_in_float32(backward_inside: bool) -> None:
+    def single(seed: int = 0) -> dict[str, Tensor]:
+        return {k: v.detach().float().requires_grad_(k != "mask") for k, v in operands(seed).items()}
+
+    t, u = single(), single()
+    base = torch.randn(N, LENGTH, OUT, generator=torch.Generator().manual_seed(1))
+    expected = svd_update(base.clone() * 1.0, u["x"], *(u[k] for k in FACTORS))
+    expected.sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = svd_update(base.clone() * 1.0, t["x"], *(t[k] for k in FACTORS))
+        if backward_inside:
+            y.sum().backward()
+    if not backward_inside:
+        y.sum().backward()
+    assert torch.equal(y, expected)
+    for name in ("x", "P", "E", "Q"):
+        assert torch.equal(t[name].grad, u[name].grad), name
+
+
+def test_a_base_run_without_gradients() -> None:
+    t = operands()
+    with torch.no_grad():
+        y = torch.nn.functional.linear(t["x"], t["weight"], t["bias"])
+    svd_update(y, t["x"], *(t[k] for k in FACTORS)).sum().backward()
+    assert t["Q"].grad is not None
+    square = torch.randn(N, K, dtype=F64)
+    before = square.clone()
+    P = torch.ones(R, K, dtype=F64)
+    svd_update(square, square, P, t["E"].detach(), t["Q"].detach(), t["mask"])  # a base that returned its input
+    assert torch.equal(square, before)
+
+
 def test_opcheck() -> None:
     t = {k: v.detach() for k, v in operands().items()}
     y = torch.zeros(N, LENGTH, OUT, dtype=F64)
