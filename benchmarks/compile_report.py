@@ -13,8 +13,10 @@ is compiled and shown but held to no rule.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import datetime
+import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -26,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
@@ -61,6 +63,18 @@ def specimens(module: ModuleType, arch: str) -> dict[str, Specimen]:
     if twice:
         raise ValueError(f"expected labels that differ in {module.__name__}.specimens, got twice: {', '.join(twice)}")
     return {specimen.label: specimen for specimen in listed}
+
+
+def digest(loaded: Iterable[ModuleType]) -> str:
+    """Of the code of all jitted functions, comments and docstrings aside: whether a kept report is of these kernels."""
+    texts = []
+    for module in loaded:
+        assert module.__file__ is not None
+        for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                node.body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                texts.append(ast.unparse(node))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def forgotten(module: ModuleType, archs: list[str]) -> list[str]:
@@ -197,6 +211,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--module", nargs="+", help="importable modules with specimens (default: those of igulora.kernels.fused)"
     )
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="only each N-th configuration of an architecture"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     parser.add_argument(
         "--cache", type=Path, help="Triton cache to use and keep (default: a new one, removed at the end)"
@@ -209,15 +226,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if interpreting():
         parser.error("TRITON_INTERPRET is set, so that nothing would be compiled; unset it")
-    if options.jobs < 1:
-        parser.error(f"expected --jobs of at least 1, got {options.jobs}")
-    if options.keep and (options.kernel or options.module or options.arch != list(ARCHITECTURES)):
-        parser.error("--keep is for whole reports: leave out --arch, --kernel and --module, or use --output")
+    if options.jobs < 1 or options.every < 1:
+        parser.error(f"expected --jobs and --every of at least 1, got {options.jobs} and {options.every}")
+    partial = options.kernel or options.module or options.every > 1 or options.arch != list(ARCHITECTURES)
+    if options.keep and partial:
+        parser.error("--keep is for whole reports: leave out --arch, --every, --kernel and --module, or use --output")
     return options
 
 
-def report(jobs: list[Job], outcomes: dict[Job, Outcome], missing: list[str]) -> dict[str, Any]:
-    """The result as it is kept: nothing in it depends on the machine."""
+def report(jobs: list[Job], outcomes: dict[Job, Outcome], missing: list[str], kernels: str) -> dict[str, Any]:
+    """The result as it is kept: nothing in it depends on the machine. ``kernels``: their digest."""
     rows, failed = [], []
     broken = [
         {"rule": "every kernel in a specimen", "label": name, "arch": "any", "found": "in none"} for name in missing
@@ -234,7 +252,14 @@ def report(jobs: list[Job], outcomes: dict[Job, Outcome], missing: list[str]) ->
             rows.append({name: value for name, value in dataclasses.asdict(row).items() if name != "seconds"})
             broken += [{"rule": rule, "label": label, "arch": arch, "found": detail} for rule, detail in found]
     date = datetime.date.today().isoformat()
-    return {"date": date, "versions": versions(), "breaches": broken, "failed": failed, "rows": rows}
+    return {
+        "date": date,
+        "versions": versions(),
+        "kernels": kernels,
+        "breaches": broken,
+        "failed": failed,
+        "rows": rows,
+    }
 
 
 def verdict(breaches: list[dict[str, str]]) -> str:
@@ -263,13 +288,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile, print, judge."""
     options = parse(arguments)
     loaded = {name: importlib.import_module(name) for name in module_names(options.module)}
-    jobs = [
-        (name, label, arch)
-        for name, module in loaded.items()
-        for arch in options.arch
-        for label, specimen in specimens(module, arch).items()
-        if not options.kernel or options.kernel in label or options.kernel in specimen.kernel.__name__
-    ]
+    jobs = []
+    for arch in options.arch:
+        wanted = [
+            (name, label, arch)
+            for name, module in loaded.items()
+            for label, specimen in specimens(module, arch).items()
+            if not options.kernel or options.kernel in label or options.kernel in specimen.kernel.__name__
+        ]
+        jobs += wanted[:: options.every]
     missing = [
         f"{kernel} of {name}"
         for name, module in loaded.items()
@@ -284,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_CACHE_DIR"] = str(options.cache or Path(scratch) / "cache")
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 takes it as 1 where it is unset, and warns
         outcomes = dict(run(jobs, options.jobs, Path(scratch)))
-    record = report(jobs, outcomes, missing)
+    record = report(jobs, outcomes, missing, digest(loaded.values()))
     compiled = [outcome[0] for outcome in map(outcomes.__getitem__, jobs) if not isinstance(outcome, str)]
     print(f"Triton {record['versions']['triton']}")
     print(
