@@ -137,7 +137,7 @@ def run(call: Call, dtype: torch.dtype, device: torch.device, *, exact: bool = F
 
 def assert_close(ours: dict[str, Tensor], same_dtype: dict[str, Tensor], exact: dict[str, Tensor], eps: float) -> None:
     """STYLE 17 for every result: at most twice the error of PyTorch in the same dtype, plus a few roundings of float32 or half one of
-    16 bits: where a result is a single number, PyTorch's error may be next to nothing by luck.
+    16 bits; four times that where a result is a few numbers, of which PyTorch's may be right by luck.
 
     Args:
         eps: of the compute dtype.
@@ -150,7 +150,7 @@ def assert_close(ours: dict[str, Tensor], same_dtype: dict[str, Tensor], exact: 
         if not wanted.numel():
             continue
         worst, theirs = ((values[name].double() - wanted).abs().max() for values in (ours, same_dtype))
-        bound = 2 * theirs + floor * wanted.abs().max()
+        bound = 2 * theirs + floor * (1 if wanted.numel() > 16 else 4) * wanted.abs().max()
         assert worst <= bound, f"{name}: expected an error of at most {float(bound):.3g}, got {float(worst):.3g}"
 
 

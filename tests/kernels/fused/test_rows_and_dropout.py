@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from igulora.kernels import dropout_keep_mask, svd_linear
+from igulora.kernels.fused import dy_pass
 from igulora.kernels.fused.choice import use_product
 from igulora.kernels.svd_project import svd_project
 
@@ -33,8 +34,17 @@ def test_rows_go_where_they_belong(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("alpha", [None, "groups"])
-@pytest.mark.parametrize("r", [1, 33, 70])
+@pytest.mark.parametrize(("train", "path"), [(5, 5), (3, 3), (0, 0), (4, 2), (2, 4)])
+def test_rows_of_two_passes_over_dy(
+    train: int, path: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the parts of dy P^T would not stay in the cache."""
+    monkeypatch.setattr(dy_pass, "PARTS_LIMIT", 0)
+    assert_follows(Call(33, (5, 7), alpha="groups", train=train, path=path), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("r", "alpha"), [(1, "groups"), (33, None), (70, "groups")])
 def test_path_rows_at_any_rank(r: int, alpha: str | None, dtype: torch.dtype, device: torch.device) -> None:
     """Without alpha the path weights alone say how many sequences there are."""
     assert_follows(Call(r, (4, 9), alpha=alpha, train=4, path=1, dropout=0.3), dtype, device)

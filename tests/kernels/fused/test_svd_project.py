@@ -220,7 +220,7 @@ def test_opcheck(ranks: list[int], device: torch.device) -> None:
     x, seed = t["x"].to(device), torch.tensor(5, device=device)
     Qs, Gs, path_Qs = ([v.to(device) for v in t[name]] for name in ("Qs", "Gs", "path_Qs"))
     alpha, weight = t["alpha"].to(device), t["weight"].to(device)
-    torch.library.opcheck(OPS.svd_project_fwd.default, (x, Qs, seed, 0.3))
+    torch.library.opcheck(OPS.svd_project_fwd.default, (x, Qs, seed, 0.3, alpha, weight, path_Qs, 3, 2))
     for needed in (True, False):
         torch.library.opcheck(OPS.svd_project_bwd.default, (Gs, x, Qs, alpha, weight, path_Qs, seed, 0.3, 3, 2, needed))
     torch.library.opcheck(OPS.svd_project_bwd.default, (Gs, x, Qs, None, None, [], None, 0.0, 1, 1, True))

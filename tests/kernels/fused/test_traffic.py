@@ -24,8 +24,13 @@ pytestmark = only_interpreted
 SCALE = 1.25
 # Odd sizes of several cut blocks, and whole tiles: only there does the interpreter, which multiplies whole tiles, count the model's FLOPs.
 ODD, WHOLE = (41, 35, 19, 7), (48, 32, 32, 16)
-SIZES = [ODD, WHOLE, (17, 150, 50, 33), (5, 16, 300, 70)]
-DTYPES = [torch.float32, torch.float16]
+SIZES = [
+    (*ODD, torch.float32),
+    (*ODD, torch.float16),
+    (*WHOLE, torch.float16),
+    (17, 150, 50, 33, torch.float32),
+    (5, 16, 70, 70, torch.float16),
+]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,8 +50,7 @@ def assert_counted(count: Counted, expected: Traffic, *, flops: bool = False) ->
         assert got.flops == expected.flops
 
 
-@pytest.mark.parametrize(("M", "K", "N", "R"), SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "K", "N", "R", "dtype"), SIZES, ids=str)
 @pytest.mark.parametrize("others", [[], [12], [16, 1]], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_project(M: int, K: int, N: int, R: int, dtype: torch.dtype, others: list[int], p: float) -> None:
@@ -60,8 +64,7 @@ def test_project(M: int, K: int, N: int, R: int, dtype: torch.dtype, others: lis
     assert_counted(count, expected, flops=(M, K, N, R) == WHOLE and not others)
 
 
-@pytest.mark.parametrize(("M", "K", "N", "R"), SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "K", "N", "R", "dtype"), SIZES, ids=str)
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize(
     ("groups", "coef", "bias", "p"), [(0, False, False, 0.0), (1, True, True, 0.0), (2, False, False, 0.3)]
@@ -102,8 +105,7 @@ def test_gemm_rank_through_descriptors(transposed: bool) -> None:
     assert_counted(count, gemm.traffic_gemm_rank(M, N, K, R, 2, SMALL, groups=1, coef=True))
 
 
-@pytest.mark.parametrize(("M", "K", "N", "R"), SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("M", "K", "N", "R", "dtype"), SIZES, ids=str)
 @pytest.mark.parametrize(
     ("groups", "base", "coef", "bias", "p"),
     [
@@ -141,8 +143,11 @@ def ends(kind: str, M: int) -> tuple[int, int, int]:
     return {"all": (M, M, M), "apart": (M // 4, M // 4, M), "path": (0, M // 4, M)}[kind]
 
 
-@pytest.mark.parametrize(("M", "K", "N", "R"), [(44, 35, 19, 7), WHOLE, (32, 0, 50, 70)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("M", "K", "N", "R", "dtype"),
+    [(44, 0, 19, 7, torch.float32), (*WHOLE, torch.float16), (32, 0, 50, 70, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["all", "apart", "path"])
 @pytest.mark.parametrize(("want_ds", "want_dp"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("factors", [False, True])
@@ -170,13 +175,16 @@ def test_dy_pass(
     assert_counted(count, expected, flops=(M, K, N, R) == WHOLE and kind == "all")
 
 
-@pytest.mark.parametrize(("M", "R"), [(44, 7), (300, 16), (100, 33), (8, 70)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("M", "R", "dtype"),
+    [(44, 7, torch.float16), (200, 16, torch.float32), (100, 33, torch.float16), (8, 70, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("want_de", [True, False])
 @pytest.mark.parametrize(("alpha", "weight"), [(False, False), (True, False), (True, True)])
 def test_ds_sum(M: int, R: int, dtype: torch.dtype, want_de: bool, alpha: bool, weight: bool) -> None:
     columns, blocks = padded_rank(R), 3
-    programs = cdiv(M, ds_tile(block_rank(R)).BLOCK_M)
+    programs = cdiv(M, ds_tile(block_rank(R), dtype.itemsize).BLOCK_M)
     with counted() as count:
         dy_pass.launch_ds_sum(
             draw(blocks, M, columns),
@@ -195,8 +203,11 @@ def test_ds_sum(M: int, R: int, dtype: torch.dtype, want_de: bool, alpha: bool, 
     assert_counted(count, dy_pass.traffic_ds_sum(M, R, dtype.itemsize, blocks, **options))
 
 
-@pytest.mark.parametrize(("M", "K", "N", "R"), [(44, 35, 19, 7), WHOLE, (32, 50, 0, 70)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("M", "K", "N", "R", "dtype"),
+    [(44, 35, 0, 7, torch.float32), (*WHOLE, torch.float16), (32, 50, 0, 70, torch.float16)],
+    ids=str,
+)
 @pytest.mark.parametrize("others", [[], [12], [16, 1]], ids=str)
 @pytest.mark.parametrize("kind", ["all", "apart", "path"])
 @pytest.mark.parametrize(("factors", "p"), [(False, 0.0), (True, 0.3)])
@@ -228,26 +239,28 @@ def test_dq_pass(
     "jobs",
     [
         [(35, 3, 0, True, False)],
-        [(1500, 2, 3, True, True), (7, 1, 1, True, True), (40, 0, 2, False, True)],
+        [(1500, 2, 3, True, True), (7, 1, 1, True, True), (40, 0, 2, False, True), (33, 2, 1, True, True)],
         [(16, 4, 2, False, True), (1024, 2, 0, True, False)],
     ],
     ids=str,
 )
 def test_sum_partials(jobs: list[tuple[int, int, int, bool, bool]]) -> None:
-    padded = 3  # numbers between the parts that nobody reads
+    """A vector first, then matrices."""
+    padded = 3  # numbers between the parts of the vector that nobody reads
     with counted() as count:
         sums.launch_sum_partials(
             [
                 Job(
-                    draw(first + second, numel + padded),
-                    numel + padded,
+                    draw(first + second, numel if i else numel + padded),
+                    numel if i else numel + padded,
                     numel,
                     first,
                     second,
                     torch.empty(numel) if out else None,
                     draw(numel) if acc else None,
+                    numel if i else 0,
                 )
-                for numel, first, second, out, acc in jobs
+                for i, (numel, first, second, out, acc) in enumerate(jobs)
             ]
         )
     assert_counted(count, sums.traffic_sum_partials(jobs))
