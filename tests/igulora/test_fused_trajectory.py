@@ -45,7 +45,7 @@ def train(backend: str, **options: Any) -> Trajectory:
     """Train on batches that are always the same ones."""
     torch.manual_seed(0)
     model = Block().to(DEVICE)
-    fields: dict[str, Any] = {"window": 1, "t_init": 3, "t_final": 2, "delta_t": 2, "ig_every": 1, "ig_fraction": 0.5}
+    fields: dict[str, Any] = {"window": 2, "t_init": 6, "t_final": 1, "delta_t": 1, "ig_every": 1, "ig_fraction": 0.5}
     config = igulora.IGUConfig(r=5, target_rank=3, total_steps=STEPS, **{**fields, **options})
     result = Trajectory([], [], [], [], [])
     with use_backend(backend):
