@@ -39,7 +39,7 @@ def config(family: str, itemsize: int, BLOCK_R: int, count: int) -> Tile:
     BLOCK_K = 128 if width <= 128 else 64 if width <= 256 else 32
     stages = 2 if family in ("sm_86", "sm_120") or width > 384 else 3
     return Tile(
-        BLOCK_M=64 if width <= 384 else 32, BLOCK_K=BLOCK_K, num_warps=8 if width > 32 else 4, num_stages=stages
+        BLOCK_M=64 if 16 < width <= 384 else 32, BLOCK_K=BLOCK_K, num_warps=8 if width > 32 else 4, num_stages=stages
     )
 
 

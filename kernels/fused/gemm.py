@@ -68,7 +68,8 @@ def candidates(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool, d
         return [default]
     others = [Tile(128, 128, 64, 8, 8, 3), Tile(128, 64, 64, 8, 4, 3), Tile(64, 128, 64, 8, 4, 3)]
     if family in ("sm_80", "sm_86", "sm_120"):
-        others = [Tile(128, 64, 32, 8, 4, 3), Tile(64, 128, 32, 8, 4, 3)]
+        warps = 4 if BLOCK_R <= 32 else 8
+        others = [Tile(128, 64, 32, 8, warps, 3), Tile(64, 128, 32, 8, warps, 3)]
     return [default, *(tile for tile in others if tile != default)]
 
 
