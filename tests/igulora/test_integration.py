@@ -89,6 +89,7 @@ def test_distributed_data_parallel_of_one_process(config, tmp_path: Path, bucket
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_compiled_without_a_break(net, config, trainer, batches, dropout) -> None:
+    torch._dynamo.reset()  # the limit of recompilations counts those of other tests
     ends = []
     for compiled in (False, True):
         model, controller, optimizer = trainer(net(), config(dropout=dropout))
