@@ -63,9 +63,14 @@ def _widest_by_line(ptx: str) -> dict[tuple[str, str, int], int]:
     }
     found: dict[tuple[str, str, int], int] = {}
     place = ("", 0)
+    block = fixed = False  # inside a block of inline assembly; its place is known
     for text in ptx.splitlines():
-        if match := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", text):
-            place = files.get(match[1], ""), int(match[2])
+        if "inline asm" in text:
+            block, fixed = "begin" in text, False
+        elif match := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", text):
+            # Only the first counts in a block: Triton 3.9 goes on to number the block's own lines.
+            place = place if fixed else (files.get(match[1], ""), int(match[2]))
+            fixed = block
         elif access := _access(text):
             key = access[0], *place
             found[key] = max(found.get(key, 0), width_bytes(access[1]))

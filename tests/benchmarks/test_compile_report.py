@@ -105,7 +105,7 @@ def test_tensor_instructions(scripts: dict[str, ModuleType]) -> None:
 
 def test_lines_that_move_tiles_in_narrow_accesses(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
     source = tmp_path / "kernel.py"
-    source.write_text("load\nload  # narrow: a gather\nload\nload\nstore\n", encoding="utf-8")
+    source.write_text("load\nload  # narrow: a gather\nload\nload\nstore\nload\n", encoding="utf-8")
     tile = "%x = tt.load %p, %m, %o : tensor<{}x!tt.ptr<bf16>> loc(#loc{})"
     ttir = "\n".join(
         [
@@ -114,7 +114,8 @@ def test_lines_that_move_tiles_in_narrow_accesses(scripts: dict[str, ModuleType]
             tile.format("64x32", 13),  # line 3, by a call: wide once, narrow in its other form
             tile.format("64x8", 4),  # line 4: 1024 bytes, too few to give 16 to each of 128 threads
             "tt.store %p, %x, %m : tensor<512x!tt.ptr<f32>> loc(#loc5)",
-            *(f'#loc{n} = loc("{source}":{n}:4)' for n in range(1, 6)),
+            tile.format("64x32", 6),  # line 6: wide, though the assembly's second line is numbered 7
+            *(f'#loc{n} = loc("{source}":{n}:4)' for n in range(1, 7)),
             '#loc11 = loc("x"(#loc1))',
             "#loc13 = loc(callsite(#loc3 at #loc1))",
         ]
@@ -125,6 +126,14 @@ def test_lines_that_move_tiles_in_narrow_accesses(scripts: dict[str, ModuleType]
     ):
         lines += [f".loc 1 {number + 1} 4", *(f"{access} x, [y];" for access in accesses.split(";"))]
     lines += [".loc 1 5 4, function_name $L__info_string0, inlined_at 1 1 1", "st.global.v2.b32 [y], x;"]
+    lines += [
+        "// begin inline asm",
+        ".loc 1 6 4",
+        "ld.global.b32 x, [y];",
+        ".loc 1 7 4",
+        "ld.global.v4.b32 x, [y];",
+        "// end inline asm",
+    ]
     assert scripts["assembly"].narrow_lines(ttir, "\n".join(lines), threads=128) == [
         "load at kernel.py:1: 2 bytes, tiles of 4096",
         "store at kernel.py:5: 8 bytes, tiles of 2048",
