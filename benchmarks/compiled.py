@@ -54,12 +54,18 @@ class Architecture:
     tensor_columns: int = 0
 
 
+def _nvidia(family: str, warps: int, programs: int, *, tensor_columns: int = 0) -> Architecture:
+    """One program may take all shared memory but what is reserved for it."""
+    shared = SHARED_MEMORY[family] + Architecture.reserved
+    return Architecture(warps, programs, shared, family, tensor_columns=tensor_columns)
+
+
 ARCHITECTURES = {
-    "sm_80": Architecture(64, 32, 167_936, "sm_80"),
-    "sm_86": Architecture(48, 16, 102_400, "sm_86"),
-    "sm_90": Architecture(64, 32, 233_472, "sm_90"),
-    "sm_100": Architecture(64, 32, 233_472, "sm_100", tensor_columns=512),
-    "sm_120": Architecture(48, 24, 102_400, "sm_120"),
+    "sm_80": _nvidia("sm_80", 64, 32),
+    "sm_86": _nvidia("sm_86", 48, 16),
+    "sm_90": _nvidia("sm_90", 64, 32),
+    "sm_100": _nvidia("sm_100", 64, 32, tensor_columns=512),
+    "sm_120": _nvidia("sm_120", 48, 24),
     "gfx942": Architecture(32, 16, 65_536, "sm_86", registers=131_072, reserved=0, warp_size=64),
 }
 

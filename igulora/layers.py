@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .context import PathContext
 from .errors import check_choice
 from .kernels import svd_linear, svd_update
+from .kernels.backend import as_given
 from .shared import SharedInput
 
 INITS = ("orthonormal", "gaussian", "lora")
@@ -190,8 +191,7 @@ class FusedSVDLinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """``s * sum_i m_i lambda_i p_i q_i^T``, (out, in), in the masters' dtype."""
         coef = self.scale * self.mask * self.lora_E
-        device = coef.device.type
-        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
+        with as_given(coef):
             return (self.lora_P.t() * coef) @ self.lora_Q
 
     @torch.no_grad()

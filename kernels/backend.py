@@ -59,12 +59,15 @@ def on_device(like: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(like.device)
 
 
+def autocasts(like: Tensor) -> bool:
+    """Whether autocast is on where the tensor lies."""
+    kind = like.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def as_given(like: Tensor) -> AbstractContextManager[object]:
     """Autocast off: operands arrive in the dtype they are to be computed in."""
-    kind = like.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else nullcontext()
 
 
 def interpreting() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .backend import autocasts
 from .rows import group_count
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -89,8 +90,7 @@ def check_rows(
 
 def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """x and the base product's other operands in autocast's dtype, where autocast is on."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if not autocasts(x):
         return (x, *others)
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))

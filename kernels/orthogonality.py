@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .backend import MAX_RANK, on_device, runs_fused
+from .backend import MAX_RANK, as_given, on_device, runs_fused
 from .fused.common import block_rank, cdiv, padded_rank
 
 # Columns of a matrix that one program takes per tile of its rows: enough programs for small models, few partial sums for large ones.
@@ -94,7 +94,7 @@ def _reference(
         offset, matrices, rank, length = groups[i : i + 4]
         part = slice(offset, offset + matrices * rank * length)
         A = weight[part].view(matrices, rank, length)
-        with torch.autocast(weight.device.type, enabled=False):  # the caller may be inside autocast; this stays float32
+        with as_given(weight):  # the caller may be inside autocast; this stays float32
             gram = torch.bmm(A, A.transpose(1, 2))  # (matrices, rank, length) @ (matrices, length, rank)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         if offdiagonal:

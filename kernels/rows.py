@@ -71,6 +71,27 @@ def flat_alpha(alpha: Tensor | None) -> Tensor | None:
     return None if alpha is None else alpha.reshape(-1)
 
 
+def rank_factors(
+    x2: Tensor,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``alpha S`` (M, r) and ``c P`` (r, N) in x's dtype, whose product is the rank term; and S, empty where it was given."""
+    if S is None:
+        keep = keep_factor(x2, seed, dropout_p)
+        S = saved = (x2 if keep is None else x2 * keep) @ Q.to(x2.dtype).t()  # (M, K) @ (K, r)
+    else:
+        saved = x2.new_empty((0,))
+    return times_per_group(S, flat_alpha(alpha)), (P * (scale * mask * E).unsqueeze(1)).to(x2.dtype), saved
+
+
 def q_gradient(
     G: Tensor,
     dropped: Tensor,

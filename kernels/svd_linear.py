@@ -36,6 +36,7 @@ from .rows import (
     keep_factor,
     q_gradient,
     rank_buffer,
+    rank_factors,
     rows_first,
     times_per_group,
 )
@@ -65,15 +66,10 @@ def _reference_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Reference forward. Returns y ``x.shape[:-1] + (out,)`` and S ``(M, r)``, both in x's dtype; S empty where it was given."""
     x2 = rows_first(x)
-    given = S is not None
-    if S is None:
-        keep = keep_factor(x2, seed, dropout_p)
-        S = (x2 if keep is None else x2 * keep) @ Q.to(x.dtype).t()  # (M, K) @ (K, r)
-    Pc = (P * (scale * mask * E).unsqueeze(1)).to(x.dtype)
-    T = times_per_group(S, flat_alpha(alpha))
+    T, Pc, saved = rank_factors(x2, P, E, Q, mask, alpha, S, seed, scale, dropout_p)
     y = T @ Pc if bias is None else torch.addmm(bias, T, Pc)  # (M, r) @ (r, N)
     y.addmm_(x2, weight.t())  # the base product accumulates onto the small term: one rounding at the size of y
-    return y.view((*x.shape[:-1], weight.shape[0])), x.new_empty((0,)) if given else S
+    return y.view((*x.shape[:-1], weight.shape[0])), saved
 
 
 def _fake_fwd(
@@ -205,24 +201,24 @@ def _fake_bwd(
     return (*grads, rank_buffer(x, S.shape[0], S.shape[1]) if needs[6] else x.new_empty((0,)))
 
 
-def _dispatch_fwd(x, weight, bias, P, *rest):
-    if runs_fused(x, P.shape[0]):
+def _dispatch_fwd(x, weight, bias, P, E, Q, mask, alpha, S, *rest):
+    operands = (x, weight, bias, P, E, Q, mask, alpha, S)
+    with on_device(x), as_given(x):
+        if not runs_fused(x, P.shape[0]):
+            return _reference_fwd(*operands, *rest)
         from .fused import svd_linear as fused  # Triton takes half a second to import, and is absent on some platforms
 
-        with on_device(x), as_given(x):
-            return fused.forward(x, weight, bias, P, *rest)
-    with as_given(x):
-        return _reference_fwd(x, weight, bias, P, *rest)
+        *_path, seed, scale, dropout_p, _train_groups, _path_start = rest  # path rows differ in the backward alone
+        return fused.forward(*operands, seed, scale, dropout_p)
 
 
 def _dispatch_bwd(dy, S, x, weight, P, *rest):
-    if runs_fused(x, P.shape[0]):
+    with on_device(x), as_given(x):
+        if not runs_fused(x, P.shape[0]):
+            return _reference_bwd(dy, S, x, weight, P, *rest)
         from .fused import svd_linear as fused
 
-        with on_device(x), as_given(x):
-            return fused.backward(dy, S, x, weight, P, *rest)
-    with as_given(x):
-        return _reference_bwd(dy, S, x, weight, P, *rest)
+        return fused.backward(dy, S, x, weight, P, *rest)
 
 
 _svd_linear_fwd = torch.library.custom_op("igulora::svd_linear_fwd", _reference_fwd, mutates_args=())

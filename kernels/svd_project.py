@@ -85,23 +85,21 @@ def _fake_bwd(Gs, x, Qs, alpha, path_weight, path_Qs, seed, dropout_p, train_gro
 
 
 def _dispatch_fwd(x, Qs, seed, dropout_p, *rest):
-    if runs_fused(x, _widest(Qs)):
+    with on_device(x), as_given(x):
+        if not runs_fused(x, _widest(Qs)):
+            return _reference_fwd(x, Qs, seed, dropout_p, *rest)
         from .fused import svd_linear as fused
 
-        with on_device(x), as_given(x):
-            return fused.project(x, Qs, seed, dropout_p)
-    with as_given(x):
-        return _reference_fwd(x, Qs, seed, dropout_p, *rest)
+        return fused.project(x, Qs, seed, dropout_p)
 
 
 def _dispatch_bwd(Gs, x, Qs, *rest):
-    if runs_fused(x, _widest(Qs)):
+    with on_device(x), as_given(x):
+        if not runs_fused(x, _widest(Qs)):
+            return _reference_bwd(Gs, x, Qs, *rest)
         from .fused import svd_linear as fused
 
-        with on_device(x), as_given(x):
-            return fused.project_backward(Gs, x, Qs, *rest)
-    with as_given(x):
-        return _reference_bwd(Gs, x, Qs, *rest)
+        return fused.project_backward(Gs, x, Qs, *rest)
 
 
 _svd_project_fwd = torch.library.custom_op("igulora::svd_project_fwd", _reference_fwd, mutates_args=())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backend import as_given, on_device, runs_fused
 from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
-from .rows import flat_alpha, group_count, keep_factor, rank_buffer, rows_first, times_per_group
+from .rows import group_count, rank_buffer, rank_factors, rows_first
 from .svd_linear import _svd_linear_bwd
 
 
@@ -33,25 +33,18 @@ def _reference(
     out: Tensor,
 ) -> Tensor:
     """Fill ``out`` (y itself, or like it) and return S (M, r), empty where it was given."""
-    x2 = rows_first(x)
-    given = S is not None
-    if S is None:
-        keep = keep_factor(x2, seed, dropout_p)
-        S = (x2 if keep is None else x2 * keep) @ Q.to(x.dtype).t()  # (M, K) @ (K, r)
-    columns = (P * (scale * mask * E).unsqueeze(1)).to(x.dtype)
-    term = times_per_group(S, flat_alpha(alpha)) @ columns  # (M, r) @ (r, N)
-    torch.add(y, term.view(y.shape), out=out)
-    return x.new_empty((0,)) if given else S
+    T, Pc, saved = rank_factors(rows_first(x), P, E, Q, mask, alpha, S, seed, scale, dropout_p)
+    torch.add(y, (T @ Pc).view(y.shape), out=out)  # (M, r) @ (r, N)
+    return saved
 
 
 def _run(y: Tensor, x: Tensor, P: Tensor, *rest: Any) -> Tensor:
-    if runs_fused(x, P.shape[0]):
+    with on_device(x), as_given(x):
+        if not runs_fused(x, P.shape[0]):
+            return _reference(y, x, P, *rest)
         from .fused import svd_linear as fused
 
-        with on_device(x), as_given(x):
-            return fused.update(y, x, P, *rest)
-    with as_given(x):
-        return _reference(y, x, P, *rest)
+        return fused.update(y, x, P, *rest)
 
 
 @torch.library.custom_op("igulora::svd_update", mutates_args=())

@@ -118,10 +118,9 @@ def launch_allocation(
     turn = torch.empty(n, dtype=torch.int8, device=scores.device) if min_rank > 0 else None
     grid = (cdiv(n, _BLOCK_I),)
     blocks = {"BLOCK_I": _BLOCK_I, "BLOCK_J": _BLOCK_J, "num_warps": _WARPS}
-    with torch.cuda.device_of(scores):
-        if turn is not None:
-            _turn_kernel[grid](scores, eligible, layer, turn, n, min_rank, **blocks)
-        _keep_kernel[grid](scores, eligible, turn, costs, budget, mask, n, **blocks)
+    if turn is not None:
+        _turn_kernel[grid](scores, eligible, layer, turn, n, min_rank, **blocks)
+    _keep_kernel[grid](scores, eligible, turn, costs, budget, mask, n, **blocks)
     return mask
 
 

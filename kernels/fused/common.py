@@ -121,8 +121,13 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def drops(seed: torch.Tensor | None, dropout_p: float) -> bool:
+    """Whether anything is dropped."""
+    return seed is not None and dropout_p > 0.0
+
+
 def keep_arguments(seed: torch.Tensor | None, dropout_p: float) -> tuple[int, float]:
     """(threshold, scale) of dropout as kernels take them; a threshold of 0 means none."""
-    if seed is None or dropout_p == 0.0:
+    if not drops(seed, dropout_p):
         return 0, 1.0
     return int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)

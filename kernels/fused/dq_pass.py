@@ -26,7 +26,7 @@ from .common import (
     padded_rank,
     processors,
 )
-from .project import MEMBERS, members
+from .project import each, members
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
 from .tiles import keep_tile
 
@@ -150,12 +150,7 @@ def launch_dq_pass(
 ) -> None:
     """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first."""
     M, K = x2.shape
-    count = len(Gs)
     threshold, keep_scale = keep_arguments(seed, dropout_p)
-
-    def each(values: list) -> list:
-        return [*values, *([values[0]] * (MEMBERS - count))]
-
     _dq_pass_kernel[(cdiv(K, tile.BLOCK_K), segments.splits)](
         x2,
         *each(Gs),
@@ -172,7 +167,7 @@ def launch_dq_pass(
         *segments.numbers,
         threshold,
         keep_scale,
-        MEMBERS=count,
+        MEMBERS=len(Gs),
         HAS_ALPHA=alpha is not None,
         HAS_WEIGHT=path_weight is not None,
         DROPOUT=threshold > 0,

@@ -24,10 +24,9 @@ from .common import (
     cdiv,
     dot_precision,
     keep_arguments,
-    padded_rank,
     processors,
 )
-from .tiles import add_rank_term
+from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
 
 DESCRIPTOR_FAMILIES = ("sm_90", "sm_100", "sm_120")
 _UNSPECIALISED = ["M", "R", "rows_per_group", "threshold"]
@@ -321,24 +320,15 @@ def traffic_gemm_rank(
 ) -> Traffic:
     """Of one :func:`launch_gemm_rank` through pointers; ``groups`` counts alphas, 0 without."""
     blocks_m, blocks_n = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
-    tiles, columns = blocks_m * blocks_n, padded_rank(R)
-    vectors = 8 * R if coef else 0
-    seed_bytes, steps = 8 if seeded else 0, cdiv(R, rank_tile(R, itemsize))
-    return Traffic(
-        read=(M * K + N * K + M * columns) * itemsize
-        + 4 * R * N
-        + vectors
-        + 4 * groups
-        + (N * itemsize if bias else 0)
-        + seed_bytes,
+    product = Traffic(
+        read=(M * K + N * K) * itemsize,
         written=M * N * itemsize,
-        loaded=(blocks_n * (M * K + M * columns) + blocks_m * N * K) * itemsize
-        + blocks_m * 4 * R * N
-        + tiles * (vectors + steps * seed_bytes)
-        + (4 * blocks_n * M * steps if groups else 0)
-        + (blocks_m * N * itemsize if bias else 0),
+        loaded=(blocks_n * M * K + blocks_m * N * K) * itemsize,
         stored=M * N * itemsize,
-        flops=2 * M * N * (K + R),
+        flops=2 * M * N * K,
+    )
+    return product + traffic_rank_tile(
+        M, N, R, itemsize, tile, rank_tile(R, itemsize), groups=groups, coef=coef, bias=bias, seeded=seeded
     )
 
 
@@ -364,18 +354,7 @@ def specimens(family: str) -> list[Specimen]:
 def _specimen(
     name: str, dtype: torch.dtype, tile: Tile, BLOCK_R: int, transposed: bool, descriptors: bool, dropout: bool = False
 ) -> Specimen:
-    types = {
-        "s_ptr": f"*{name}",
-        "f_ptr": "*fp32",
-        "e_ptr": "*fp32",
-        "mask_ptr": "*fp32",
-        "alpha_ptr": "*fp32",
-        "bias_ptr": f"*{name}",
-        "seed_ptr": "*i64",
-        "scale": "fp32",
-        "keep_scale": "fp32",
-    }
-    types |= dict.fromkeys(("M", "N", "K", "R", "S_COLS", "rows_per_group", "threshold"), "i32")
+    types = {**rank_term_types(name), "K": "i32"}
     constants = {
         "HAS_BIAS": transposed,
         "HAS_COEF": transposed,

@@ -277,28 +277,27 @@ def launch_importance(
     updates = rows + cdiv(singles, _BLOCK)
     w, t, table = weight.contiguous(), path.contiguous(), table.contiguous()
     m, u = mean.contiguous(), deviation.contiguous()
-    with torch.cuda.device_of(weight):
-        _finite_kernel[(checks,)](t, table, flags, rows, singles, FLAGS=FLAGS, BLOCK=_FINITE_BLOCK, num_warps=_WARPS)
-        _importance_kernel[(updates,)](
-            w,
-            t,
-            m,
-            u,
-            table,
-            flags,
-            stats,
-            finite,
-            rows,
-            singles,
-            1.0 - beta1,
-            1.0 - beta2,
-            eps,
-            FLAGS=FLAGS,
-            COMBINE=combine,
-            ABSOLUTE=absolute,
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
+    _finite_kernel[(checks,)](t, table, flags, rows, singles, FLAGS=FLAGS, BLOCK=_FINITE_BLOCK, num_warps=_WARPS)
+    _importance_kernel[(updates,)](
+        w,
+        t,
+        m,
+        u,
+        table,
+        flags,
+        stats,
+        finite,
+        rows,
+        singles,
+        1.0 - beta1,
+        1.0 - beta2,
+        eps,
+        FLAGS=FLAGS,
+        COMBINE=combine,
+        ABSOLUTE=absolute,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
+    )
     for state, packed in ((mean, m), (deviation, u)):
         if packed is not state:
             state.copy_(packed)

@@ -10,6 +10,7 @@ from . import dq_pass, dy_pass, gemm, project, rank_term, sums
 from .common import Where, block_rank, cdiv, padded_rank
 from .dq_pass import dq_segments
 from .dy_pass import dy_segments
+from .tiles import traffic_rank_tile
 
 
 def _shared(traffic: Traffic, layers: int) -> Traffic:
@@ -19,22 +20,14 @@ def _shared(traffic: Traffic, layers: int) -> Traffic:
     )
 
 
-def _added(M: int, N: int, K: int, R: int, itemsize: int, family: str, form: str, *, coef: bool) -> Traffic:
+def _added(M: int, N: int, R: int, itemsize: int, family: str, form: str, *, coef: bool) -> Traffic:
     """What the rank term adds to a base product with N columns of output; ``coef`` in the forward, whose columns are c P."""
     if form == "library":
         term = rank_term.traffic_rank_term(M, N, R, itemsize, rank_term.config(family, itemsize), coef=coef)
         addend = M * N * itemsize  # the library's product reads back what it starts from
         return term + Traffic(read=addend, loaded=addend)
     tile = gemm.config(family, itemsize, block_rank(R), descriptors=form == "descriptors")
-    whole = gemm.traffic_gemm_rank(M, N, K, R, itemsize, tile, coef=coef)
-    base = gemm.traffic_gemm_rank(M, N, K, 0, itemsize, tile)
-    return Traffic(
-        whole.read - base.read,
-        whole.written - base.written,
-        whole.loaded - base.loaded,
-        whole.stored - base.stored,
-        whole.flops - base.flops,
-    )
+    return traffic_rank_tile(M, N, R, itemsize, tile, gemm.rank_tile(R, itemsize), coef=coef)
 
 
 def forward_traffic(
@@ -52,7 +45,7 @@ def forward_traffic(
     """Beyond the base product, by launch, for an (N, K) layer whose x is read by ``sharing`` layers."""
     tile = project.config(family, itemsize, block_rank(R), sharing)
     S = project.traffic_project(M, K, [R] * sharing, itemsize, tile, where)
-    return {"S": _shared(S, sharing), "rank term of y": _added(M, N, K, R, itemsize, family, form, coef=True)}
+    return {"S": _shared(S, sharing), "rank term of y": _added(M, N, R, itemsize, family, form, coef=True)}
 
 
 def backward_traffic(
@@ -95,7 +88,7 @@ def backward_traffic(
     return {
         "dy": Traffic(dy.read, 0, dy.loaded, 0, dy.flops),
         "G": Traffic(ds.read - ds_bytes, ds.written - 4 * programs * padded_rank(R), ds.loaded, ds.stored, ds.flops),
-        "rank term of dx": _added(M, K, N, R, itemsize, family, form, coef=False),
+        "rank term of dx": _added(M, K, R, itemsize, family, form, coef=False),
         "dQ": Traffic(dq.read, 0, dq.loaded, 0, dq.flops),
         "gradients": Traffic(0, done.written, 0, done.stored, 0),
         "partial sums": partial,

@@ -350,22 +350,21 @@ def launch_orthogonality(
     squares = torch.empty(plan.matrices * TILES, dtype=torch.float32, device=weight.device)
     w, g, table = weight.contiguous(), grad.contiguous(), table.contiguous()
     config = _CONFIGS[family(weight.device)][plan.tile]
-    with torch.cuda.device_of(weight):
-        _gram_kernel[(items,)](w, table, shares, **config.of_gram(plan.tile, plan.single))
-        _residual_kernel[(plan.heads,)](table, shares, squares, **config.of_residual(plan.tile, offdiagonal))
-        _gradient_kernel[(items + 1,)](
-            w,
-            g,
-            table,
-            shares,
-            squares,
-            penalty,
-            plan.matrices,
-            1.0 / plan.count,
-            2.0 * gamma / plan.count,
-            noise_floor(1, torch.float32),
-            **config.of_gradient(plan.tile),
-        )
+    _gram_kernel[(items,)](w, table, shares, **config.of_gram(plan.tile, plan.single))
+    _residual_kernel[(plan.heads,)](table, shares, squares, **config.of_residual(plan.tile, offdiagonal))
+    _gradient_kernel[(items + 1,)](
+        w,
+        g,
+        table,
+        shares,
+        squares,
+        penalty,
+        plan.matrices,
+        1.0 / plan.count,
+        2.0 * gamma / plan.count,
+        noise_floor(1, torch.float32),
+        **config.of_gradient(plan.tile),
+    )
     if g is not grad:
         grad.copy_(g)
     return penalty

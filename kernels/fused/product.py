@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import gemm, rank_term
 from .choice import Product, choose
-from .common import family
+from .common import drops, family
 
 Coef = tuple[Tensor, Tensor, float]
 
@@ -34,7 +34,7 @@ def base_product(
     weight = weight if weight.stride() == (weight.shape[1], 1) else weight.contiguous()
     F = F.contiguous()
     if product is None:
-        dropout = seed is not None and dropout_p > 0.0
+        dropout = drops(seed, dropout_p)
         product = choose(A, weight, F, transposed=transposed, temporary=temporary, dropout=dropout)
     if product.form == "library":
         out = torch.empty((A.shape[0], F.shape[1]), dtype=A.dtype, device=A.device)
@@ -75,7 +75,7 @@ def _augmented(
 
     The r columns come padded as S does, so that the library may read both operands in accesses of 16 bytes.
     """
-    assert seed is None or dropout_p == 0.0
+    assert not drops(seed, dropout_p)
     (M, K), (R, N), columns = A.shape, F.shape, S.shape[1]
     wide = A.new_empty((M, K + columns))
     wide[:, :K] = A

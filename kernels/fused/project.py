@@ -158,7 +158,7 @@ def _splits(M: int, K: int, tile: Tile, device: Where) -> tuple[int, int]:
     return cdiv(tiles, per_split), per_split
 
 
-def _each(values: list) -> list:
+def each(values: list) -> list:
     """Arguments of all members; those of layers that are not there repeat the first."""
     return [*values, *([values[0]] * (MEMBERS - len(values)))]
 
@@ -178,13 +178,13 @@ def _launch(
     threshold, keep_scale = keep_arguments(seed, dropout_p)
     _project_kernel[(cdiv(M, tile.BLOCK_M), splits)](
         x2,
-        *_each(Qs),
-        *_each(parts),
+        *each(Qs),
+        *each(parts),
         seed,
         M,
         K,
-        *_each(ranks),
-        *_each([part.shape[-1] for part in parts]),
+        *each(ranks),
+        *each([part.shape[-1] for part in parts]),
         x2.stride(0),
         per_split,
         threshold,
@@ -210,7 +210,7 @@ def launch_project(
     if splits > 1:
         widest = max(s.numel() for s in out)
         _sum_splits_kernel[(cdiv(widest, _SUM_BLOCK), len(Qs))](
-            *_each(parts), *_each(out), M, *_each([s.shape[1] for s in out]), splits, BLOCK=_SUM_BLOCK
+            *each(parts), *each(out), M, *each([s.shape[1] for s in out]), splits, BLOCK=_SUM_BLOCK
         )
 
 

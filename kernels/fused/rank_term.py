@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import NARROW, TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments, padded_rank
-from .tiles import add_rank_term
+from .common import NARROW, TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments
+from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
 
 
 def _rank_tile(R: int) -> int:
@@ -154,27 +154,10 @@ def traffic_rank_term(
     seeded: bool = False,
 ) -> Traffic:
     """Of one :func:`launch_rank_term`."""
-    blocks_m, blocks_n = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
-    columns, steps = padded_rank(R), cdiv(R, _rank_tile(R))
-    vectors, seed_bytes = 8 * R if coef else 0, 8 if seeded else 0
-    own = M * N * itemsize if base else 0
-    return Traffic(
-        read=own
-        + M * columns * itemsize
-        + 4 * R * N
-        + vectors
-        + 4 * groups
-        + (N * itemsize if bias else 0)
-        + seed_bytes,
-        written=M * N * itemsize,
-        loaded=own
-        + blocks_n * M * columns * itemsize
-        + blocks_m * 4 * R * N
-        + blocks_m * blocks_n * (vectors + steps * seed_bytes)
-        + (4 * blocks_n * M * steps if groups else 0)
-        + (blocks_m * N * itemsize if bias else 0),
-        stored=M * N * itemsize,
-        flops=2 * M * N * R,
+    whole = M * N * itemsize
+    own = whole if base else 0
+    return Traffic(own, whole, own, whole) + traffic_rank_tile(
+        M, N, R, itemsize, tile, _rank_tile(R), groups=groups, coef=coef, bias=bias, seeded=seeded
     )
 
 
@@ -185,10 +168,7 @@ def specimens(family: str) -> list[Specimen]:
         name = TYPE_NAMES[dtype]
         for BLOCK_R in (16, 32):
             tile = config(family, dtype.itemsize)
-            types = dict.fromkeys(("base_ptr", "out_ptr", "s_ptr", "bias_ptr"), f"*{name}")
-            types |= dict.fromkeys(("f_ptr", "e_ptr", "mask_ptr", "alpha_ptr"), "*fp32") | {"seed_ptr": "*i64"}
-            types |= dict.fromkeys(("M", "N", "R", "S_COLS", "rows_per_group", "threshold"), "i32")
-            types |= {"scale": "fp32", "keep_scale": "fp32"}
+            types = {"base_ptr": f"*{name}", "out_ptr": f"*{name}", **rank_term_types(name)}
             for kind in ("term", "term dropout", "update"):
                 constants = {
                     "HAS_BASE": kind == "update",

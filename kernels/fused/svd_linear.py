@@ -12,7 +12,7 @@ from torch import Tensor
 from ..rows import Ranges, empty_results, group_count, rows_first
 from . import dq_pass, dy_pass, rank_term
 from . import project as projection
-from .common import block_rank, cdiv, family, padded_rank
+from .common import block_rank, cdiv, drops, family, padded_rank
 from .dq_pass import dq_segments
 from .dy_pass import dy_segments
 from .product import Coef, base_product
@@ -58,9 +58,9 @@ def project(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) 
     out = [_padded(x2, x2.shape[0], Q.shape[0]) for Q in Qs]
     busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and x2.shape[0]]
     BLOCK_R = block_rank(max((Q.shape[0] for Q in Qs), default=0))
-    for start in range(0, len(busy), projection.members(BLOCK_R)):
-        chosen = busy[start : start + projection.members(BLOCK_R)]
-        dropout = seed is not None and dropout_p > 0.0
+    together, dropout = projection.members(BLOCK_R), drops(seed, dropout_p)
+    for start in range(0, len(busy), together):
+        chosen = busy[start : start + together]
         tile = projection.config(family(x.device), x.element_size(), BLOCK_R, len(chosen), dropout)
         masters = [Qs[i].contiguous() for i in chosen]
         projection.launch_project(x2, masters, [out[i] for i in chosen], seed, dropout_p, tile)
@@ -77,15 +77,9 @@ def forward(
     mask: Tensor,
     alpha: Tensor | None,
     S: Tensor | None,
-    path_weight: Tensor | None,
-    path_P: Tensor | None,
-    path_E: Tensor | None,
-    path_Q: Tensor | None,
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
-    train_groups: int,
-    path_start: int,
 ) -> tuple[Tensor, Tensor]:
     """``svd_linear``'s forward."""
     x2 = _aligned_rows(x)
@@ -174,10 +168,9 @@ def backward(
     if M == 0 or R == 0:
         dP, dE, dQ, G = torch.zeros_like(P), torch.zeros_like(E), torch.zeros_like(Q), _padded(x2, M, R)
     else:
-        if need_p or sampled:
-            dP = torch.empty_like(P, memory_format=torch.contiguous_format) if need_p else None
+        dP = torch.empty_like(P, memory_format=torch.contiguous_format) if need_p else None
         G, dE = _dy_gradients(
-            dy2, wide_S, P.contiguous(), coef, alpha, weights, rows, dP, path_P, need_e, path_E, needs, sampled, jobs
+            dy2, wide_S, P.contiguous(), coef, alpha, weights, rows, dP, path_P, need_e, path_E, sampled, jobs
         )
         if not need_s and (need_q or sampled):
             dQ = torch.empty_like(Q, memory_format=torch.contiguous_format) if need_q else None
@@ -215,7 +208,6 @@ def _dy_gradients(
     path_P: Tensor | None,
     need_e: bool,
     path_E: Tensor | None,
-    needs: list[bool],
     sampled: bool,
     jobs: list[Job],
 ) -> tuple[Tensor, Tensor | None]:

@@ -1,9 +1,15 @@
-"""Pieces of kernels that several families share: the tile of kept entries, the triplets' coefficients, the rank term."""
+"""Pieces of kernels that several families share: the tile of kept entries, the triplets' coefficients, the rank term.
+
+Specimens and traffic functions of the kernels that add the rank term take their common share from here, too.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ..traffic import Traffic
+from .common import Tile, cdiv, padded_rank
 
 
 @triton.jit
@@ -124,3 +130,38 @@ def add_rank_term(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     return acc
+
+
+def rank_term_types(name: str) -> dict[str, str]:
+    """Types of what :func:`add_rank_term` takes from a kernel's arguments, in specimens; ``name`` is that of the compute dtype."""
+    types = dict.fromkeys(("s_ptr", "bias_ptr"), f"*{name}") | {"seed_ptr": "*i64"}
+    types |= dict.fromkeys(("f_ptr", "e_ptr", "mask_ptr", "alpha_ptr"), "*fp32")
+    types |= dict.fromkeys(("M", "N", "R", "S_COLS", "rows_per_group", "threshold"), "i32")
+    return types | dict.fromkeys(("scale", "keep_scale"), "fp32")
+
+
+def traffic_rank_tile(
+    M: int,
+    N: int,
+    R: int,
+    itemsize: int,
+    tile: Tile,
+    BLOCK_R: int,
+    *,
+    groups: int = 0,
+    coef: bool = False,
+    bias: bool = False,
+    seeded: bool = False,
+) -> Traffic:
+    """Of :func:`add_rank_term` in all tiles of an (M, N) result; ``groups`` counts alphas, 0 without."""
+    blocks_m, blocks_n = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
+    s_bytes, f_bytes, bias_bytes = M * padded_rank(R) * itemsize, 4 * R * N, N * itemsize if bias else 0
+    vectors, seed_bytes, steps = 8 * R if coef else 0, 8 if seeded else 0, cdiv(R, BLOCK_R)
+    return Traffic(
+        read=s_bytes + f_bytes + vectors + 4 * groups + bias_bytes + seed_bytes,
+        loaded=blocks_n * s_bytes
+        + blocks_m * (f_bytes + bias_bytes)
+        + blocks_m * blocks_n * (vectors + steps * seed_bytes)
+        + (4 * blocks_n * M * steps if groups else 0),
+        flops=2 * M * N * R,
+    )

@@ -67,15 +67,15 @@ def layer(
         path_weight, path = at(offset, groups), (torch.zeros(R, N), at(offset, R), torch.zeros(R, K))
     seed = torch.zeros((), dtype=torch.int64) if dropout else None
     train, start = (groups - 1, groups - 1) if mixed else (groups, groups)
-    scalars = (1.25, dropout, train, start)
+    rest = (seed, 1.25, dropout)
     tile = Tile(64, 64, 32, 8)
     with use_product(Product(form, tile)):
         S = svd_linear.project(x, Qs, seed, dropout)[0] if sharing > 1 else None
-        _, saved = svd_linear.forward(x, weight, None, *factors, alphas, S, path_weight, *path, seed, *scalars)
+        _, saved = svd_linear.forward(x, weight, None, *factors, alphas, S, *rest)
         needs = [True, False, False, True, True, sharing == 1, sharing > 1]
         S = saved if S is None else S
         dy = torch.zeros(M, N, dtype=torch.bfloat16)
-        G = svd_linear.backward(dy, S, x, weight, *factors, alphas, path_weight, *path, seed, *scalars, needs)[6]
+        G = svd_linear.backward(dy, S, x, weight, *factors, alphas, path_weight, *path, *rest, train, start, needs)[6]
         if sharing > 1:
             path_Qs = [path[2]] * sharing if mixed else []
             svd_linear.project_backward(

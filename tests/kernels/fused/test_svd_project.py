@@ -184,9 +184,6 @@ def test_layers_that_share_x_give_what_they_give_alone(device: torch.device) -> 
 
 
 @small
-@pytest.mark.filterwarnings(
-    "ignore:.*Function.*should not be instantiated:DeprecationWarning"
-)  # PyTorch's own compiler
 def test_compiled_training_adds_to_the_accumulators(device: torch.device) -> None:
     """The compiler takes the operators of a shared input, forward and backward, without a break."""
     ts = [Call(r, lead=(4, 5), n=8, alpha="groups", path=2, seed=r).operands(torch.float32) for r in (7, 16)]
