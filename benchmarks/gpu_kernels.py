@@ -162,7 +162,7 @@ def _dq_pass(fused: dict[str, Any], a: Launch) -> Traffic:
 
 
 def _sum_partials(fused: dict[str, Any], a: Launch) -> Traffic:
-    jobs = [(j.numel, j.count0, j.count1, j.out is not None, j.acc is not None) for j in a["jobs"]]
+    jobs = [(j.numel, j.stride, j.count0, j.count1, j.out is not None, j.acc is not None) for j in a["jobs"]]
     return fused["sums"].traffic_sum_partials(jobs)
 
 

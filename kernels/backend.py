@@ -70,6 +70,21 @@ def as_given(like: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(like.device.type, enabled=False) if autocasts(like) else nullcontext()
 
 
+def unwatched(like: Tensor) -> bool:
+    """Whether an eager call may go past PyTorch's dispatcher, which takes longer than a small layer's kernels.
+
+    Not where something listens there or stands in for tensors: subclasses, dispatch modes, function transforms, the profiler.
+    """
+    return (
+        type(like) in (Tensor, torch.nn.Parameter)
+        and like.device.type in ("cuda", "cpu")
+        and not torch.is_grad_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.autograd._profiler_enabled()
+    )
+
+
 def interpreting() -> bool:
     """Whether Triton interprets kernels instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

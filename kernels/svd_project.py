@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import as_given, on_device, runs_fused
+from .backend import as_given, on_device, runs_fused, unwatched
 from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
 from .rows import group_count, keep_factor, q_gradient, rank_buffer, rows_first
 
@@ -123,7 +123,8 @@ def _gradients(ctx, Gs, wanted):
     x, seed, alpha, path_weight, *Qs = ctx.saved_tensors
     needed = ctx.ranges[0] > 0 and wanted
     rest = (ctx.accumulators, seed, ctx.dropout_p, *ctx.ranges, needed)
-    joint = _svd_project_bwd(list(Gs), x, Qs, alpha, path_weight, *rest)
+    run = _dispatch_bwd if unwatched(x) else _svd_project_bwd
+    joint = run(list(Gs), x, Qs, alpha, path_weight, *rest)
     return list(joint.split([Q.shape[0] for Q in Qs])) if needed else [None] * len(Qs)
 
 
@@ -139,13 +140,11 @@ class _Eager(torch.autograd.Function):
     """The operator with its registered autograd formula, minus what the registration costs; the last arguments are the layers' Q."""
 
     @staticmethod
-    def forward(x, seed, scalars, alpha, path_weight, path_Qs, *Qs):
-        return tuple(_svd_project_fwd(x, list(Qs), seed, scalars[0], alpha, path_weight, path_Qs, *scalars[1:]))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, seed, scalars, alpha, path_weight, path_Qs, *Qs = inputs
-        _setup_context(ctx, (x, Qs, seed, scalars[0], alpha, path_weight, path_Qs, *scalars[1:]), output)
+    def forward(ctx, x, seed, scalars, alpha, path_weight, path_Qs, *Qs):
+        inputs = (x, list(Qs), seed, scalars[0], alpha, path_weight, path_Qs, *scalars[1:])
+        output = tuple((_dispatch_fwd if unwatched(x) else _svd_project_fwd)(*inputs))
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx, *Gs):

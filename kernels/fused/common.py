@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,9 +25,15 @@ NARROW = ("e_ptr", "mask_ptr", "alpha_ptr", "weight_ptr")
 _RANK_MULTIPLE = 16
 
 
+@cache
 def block_rank(rank: int) -> int:
     """The bucket a rank falls into: its tile's size, a power of two of at least 16."""
     return max(_RANK_MULTIPLE, 1 << (rank - 1).bit_length()) if rank > 0 else _RANK_MULTIPLE
+
+
+def rank_step(rank: int) -> int:
+    """Triplets that a rank term takes at once: a bucket's all, up to a limit that keeps registers independent of the rank."""
+    return min(block_rank(rank), 32)
 
 
 def padded_rank(rank: int) -> int:
@@ -89,8 +95,7 @@ class Specimen:
     maxnreg: int | None = None
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Tile sizes and launch options of one kernel; sizes it has no use for stay 0."""
 
     BLOCK_M: int = 0
@@ -100,6 +105,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
 
+    @cache  # noqa: B019 - tiles are few, and live as long as their tables
     def blocks(self, *names: str) -> dict[str, int]:
         """The named sizes and the launch options, as keyword arguments of a launch."""
         sizes = {name: getattr(self, name) for name in names}

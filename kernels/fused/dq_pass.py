@@ -7,6 +7,8 @@ one for each split of the rows, to be added up in order by ``sums.py``. One laun
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -26,11 +28,13 @@ from .common import (
     padded_rank,
     processors,
 )
+from .launch import launch
 from .project import each, members
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
 from .tiles import keep_tile
 
 
+@cache
 def config(family: str, itemsize: int, BLOCK_R: int, count: int) -> Tile:
     """Columns of x per program: the float32 accumulators of all members stay within 64 registers a thread."""
     width = BLOCK_R * count
@@ -130,6 +134,7 @@ def _dq_pass_kernel(
         _store_member(part2_ptr, split, columns, R2, K, acc2, BLOCK_R)
 
 
+@cache
 def dq_segments(end0: int, start1: int, end1: int, K: int, tile: Tile, device: Where) -> Segments:
     """Splits of the rows of x: about two programs for each processor."""
     return Segments.of(end0, start1, end1, tile.BLOCK_M, 2 * processors(device) // cdiv(K, tile.BLOCK_K))
@@ -151,7 +156,9 @@ def launch_dq_pass(
     """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first."""
     M, K = x2.shape
     threshold, keep_scale = keep_arguments(seed, dropout_p)
-    _dq_pass_kernel[(cdiv(K, tile.BLOCK_K), segments.splits)](
+    launch(
+        _dq_pass_kernel,
+        (cdiv(K, tile.BLOCK_K), segments.splits),
         x2,
         *each(Gs),
         *each(parts),

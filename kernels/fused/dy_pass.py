@@ -10,6 +10,8 @@ for that (wide ranks, very wide layers), dy P^T takes a pass of its own.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +19,13 @@ from torch import Tensor
 
 from ..traffic import Traffic
 from .common import NARROW, TYPE_NAMES, Specimen, Tile, Where, block_rank, cdiv, dot_precision, padded_rank, processors
+from .launch import launch
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
+from .sums import sum_of_parts
 from .tiles import coefficients, group_factor
 
 
+@cache
 def config(family: str, itemsize: int, BLOCK_R: int) -> Tile:
     """As many columns as registers allow: each block of columns leaves one set of partial sums."""
     if itemsize == 4:
@@ -28,6 +33,8 @@ def config(family: str, itemsize: int, BLOCK_R: int) -> Tile:
         return Tile(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4 if BLOCK_R <= 16 else 8, num_stages=1)
     BLOCK_N = 256 if BLOCK_R <= 32 else 128 if BLOCK_R <= 64 else 64 if BLOCK_R <= 128 else 32
     stages = 2 if family in ("sm_86", "sm_120") else 3
+    if family == "sm_90" and BLOCK_R == 64:
+        BLOCK_N = 256
     return Tile(BLOCK_M=64 if BLOCK_R <= 128 else 32, BLOCK_N=BLOCK_N, num_warps=8, num_stages=stages)
 
 
@@ -122,7 +129,9 @@ def launch_dy_pass(
     """Fill the partial sums: ``part_ds`` (blocks of columns, M, padded rank) and ``part_dp`` (splits, r, N), float32, each if given."""
     M, N = dy2.shape
     R = P.shape[0]
-    _dy_pass_kernel[(cdiv(N, tile.BLOCK_N), segments.splits)](
+    launch(
+        _dy_pass_kernel,
+        (cdiv(N, tile.BLOCK_N), segments.splits),
         dy2,
         S,
         P,
@@ -150,6 +159,7 @@ def launch_dy_pass(
     )
 
 
+@cache
 def dy_segments(end0: int, start1: int, end1: int, N: int, tile: Tile, device: Where) -> Segments:
     """Splits of the rows of dy: one program for each processor."""
     return Segments.of(end0, start1, end1, tile.BLOCK_M, processors(device) // cdiv(N, tile.BLOCK_N))
@@ -226,9 +236,7 @@ def _ds_sum_kernel(
     r = tl.arange(0, BLOCK_R)
     inside = (rows[:, None] < M) & (r[None, :] < S_COLS)
     at = rows.to(tl.int64)[:, None] * S_COLS + r[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for block in range(blocks):
-        total += tl.load(part_ptr + tl.cast(block, tl.int64) * M * S_COLS + at, mask=inside, other=0.0)
+    total = sum_of_parts(part_ptr, at, inside, tl.cast(M, tl.int64) * S_COLS, 0, blocks)
     c = coefficients(e_ptr, mask_ptr, 0, R, scale, BLOCK_R)
     tl.store(g_ptr + at, (total * c[None, :]).to(g_ptr.dtype.element_ty), mask=inside)
     if WANT_DE:
@@ -245,9 +253,10 @@ def _ds_sum_kernel(
             tl.store(part, tl.sum(product * weight[:, None], axis=0) * live, mask=r < S_COLS)
 
 
+@cache
 def ds_tile(BLOCK_R: int, itemsize: int) -> Tile:
-    """Tile of the small second launch: 1024 numbers."""
-    return Tile(BLOCK_M=max(1024 // BLOCK_R, 8), num_warps=4 if itemsize == 2 else 2, num_stages=2)
+    """Tile of the small second launch: 512 numbers, so that many programs wait for memory at once."""
+    return Tile(BLOCK_M=max(512 // BLOCK_R, 8), num_warps=2, num_stages=2)
 
 
 def launch_ds_sum(
@@ -266,7 +275,9 @@ def launch_ds_sum(
     """Fill G (M, padded rank) and, if given, ``part_de`` (1 or 2, blocks of rows, padded rank): training rows, then path rows."""
     M, columns = S.shape
     tile = ds_tile(block_rank(R), S.element_size())
-    _ds_sum_kernel[(cdiv(M, tile.BLOCK_M),)](
+    launch(
+        _ds_sum_kernel,
+        (cdiv(M, tile.BLOCK_M),),
         part_ds,
         S,
         coef[0],

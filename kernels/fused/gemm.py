@@ -20,56 +20,42 @@ from .common import (
     TYPE_NAMES,
     Specimen,
     Tile,
-    block_rank,
     cdiv,
     dot_precision,
     keep_arguments,
     processors,
+    rank_step,
 )
+from .launch import launch
 from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
 
 DESCRIPTOR_FAMILIES = ("sm_90", "sm_100", "sm_120")
 _UNSPECIALISED = ["M", "R", "rows_per_group", "threshold"]
 
 
-def rank_tile(R: int, itemsize: int) -> int:
-    """Triplets taken at once: a bucket's all, up to a limit that keeps registers independent of the rank."""
-    return min(block_rank(R), 64 if itemsize == 2 else 32)
-
-
-def config(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool, dropout: bool = False) -> Tile:
-    """Default tiles; a wide rank bucket narrows them, and so does dropout, whose words share registers with the accumulator."""
+def config(family: str, itemsize: int, *, descriptors: bool, dropout: bool = False) -> Tile:
+    """Default tiles; dropout narrows them, whose words share registers with the accumulator."""
     if itemsize == 4:
         return Tile(64, 64, 32, 8, num_warps=8, num_stages=2)
     if dropout and descriptors and family == "sm_120":
         return Tile(64, 64, 64, 8, num_warps=4, num_stages=3)
     if dropout:
         return Tile(128, 64, 64 if family in DESCRIPTOR_FAMILIES else 32, 8, num_warps=8, num_stages=3)
-    wide = BLOCK_R > 32
     if family in ("sm_90", "sm_100"):
-        return Tile(128, 128 if wide else 256, 64, 8, num_warps=8, num_stages=3)
+        return Tile(128, 256, 64, 16 if descriptors else 8, num_warps=8, num_stages=3)
     if family == "sm_80":
-        return Tile(128, 128, 32, 8, num_warps=4 if not wide else 8, num_stages=4)
-    return Tile(
-        128,
-        128 if not wide else 64,
-        32 if not descriptors else 64,
-        8,
-        num_warps=8,
-        num_stages=3 if not descriptors else 2,
-    )
+        return Tile(128, 128, 32, 8, num_warps=4, num_stages=4)
+    return Tile(128, 128, 64 if descriptors else 32, 8, num_warps=8, num_stages=2 if descriptors else 3)
 
 
-def candidates(family: str, itemsize: int, BLOCK_R: int, *, descriptors: bool, dropout: bool = False) -> list[Tile]:
-    """What tuning tries: the default first."""
-    default = config(family, itemsize, BLOCK_R, descriptors=descriptors, dropout=dropout)
+def candidates(family: str, itemsize: int, *, descriptors: bool, dropout: bool = False) -> list[Tile]:
+    """What tuning tries: the default first, then tiles for few rows or columns."""
+    default = config(family, itemsize, descriptors=descriptors, dropout=dropout)
     if itemsize == 4 or dropout:
         return [default]
-    others = [Tile(128, 128, 64, 8, 8, 3), Tile(128, 64, 64, 8, 4, 3), Tile(64, 128, 64, 8, 4, 3)]
-    if family in ("sm_80", "sm_86", "sm_120"):
-        warps = 4 if BLOCK_R <= 32 else 8
-        others = [Tile(128, 64, 32, 8, warps, 3), Tile(64, 128, 32, 8, warps, 3)]
-    return [default, *(tile for tile in others if tile != default)]
+    if family in ("sm_90", "sm_100"):
+        return [default, Tile(128, 128, 64, 8, 4, 4 if descriptors else 3)]
+    return [default, Tile(128, 64, 32, 8, 4, 3), Tile(64, 128, 32, 8, 4, 3)]
 
 
 @triton.jit
@@ -280,13 +266,15 @@ def launch_gemm_rank(
         "HAS_ALPHA": alpha is not None,
         "DROPOUT": threshold > 0,
         "PRECISION": dot_precision(A.dtype),
-        "BLOCK_R": rank_tile(R, A.element_size()),
+        "BLOCK_R": rank_step(R),
         **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
     }
     tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
     if descriptors:
         b_block = [tile.BLOCK_N, tile.BLOCK_K] if transposed else [tile.BLOCK_K, tile.BLOCK_N]
-        _gemm_rank_descriptor_kernel[(min(processors(A.device), tiles),)](
+        launch(
+            _gemm_rank_descriptor_kernel,
+            (min(processors(A.device), tiles),),
             TensorDescriptor.from_tensor(A, [tile.BLOCK_M, tile.BLOCK_K]),
             TensorDescriptor.from_tensor(weight, b_block),
             TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N]),
@@ -299,8 +287,20 @@ def launch_gemm_rank(
         )
         return out
     stride_bk, stride_bn = (1, weight.stride(0)) if transposed else (weight.stride(0), 1)
-    _gemm_rank_kernel[(tiles,)](
-        A, weight, out, *tail, A.stride(0), stride_bk, stride_bn, scale, threshold, keep_scale, **options
+    launch(
+        _gemm_rank_kernel,
+        (tiles,),
+        A,
+        weight,
+        out,
+        *tail,
+        A.stride(0),
+        stride_bk,
+        stride_bn,
+        scale,
+        threshold,
+        keep_scale,
+        **options,
     )
     return out
 
@@ -327,9 +327,7 @@ def traffic_gemm_rank(
         stored=M * N * itemsize,
         flops=2 * M * N * K,
     )
-    return product + traffic_rank_tile(
-        M, N, R, itemsize, tile, rank_tile(R, itemsize), groups=groups, coef=coef, bias=bias, seeded=seeded
-    )
+    return product + traffic_rank_tile(M, N, R, itemsize, tile, groups=groups, coef=coef, bias=bias, seeded=seeded)
 
 
 def specimens(family: str) -> list[Specimen]:
@@ -337,16 +335,16 @@ def specimens(family: str) -> list[Specimen]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         name = TYPE_NAMES[dtype]
-        for BLOCK_R in (16, 32, 64) if dtype.itemsize == 2 else (16, 32):
+        for BLOCK_R in (16, 32):
             for descriptors in (False, True):
                 if descriptors and (family not in DESCRIPTOR_FAMILIES or dtype == torch.float32):
                     continue
-                tiles = candidates(family, dtype.itemsize, BLOCK_R, descriptors=descriptors)
+                tiles = candidates(family, dtype.itemsize, descriptors=descriptors)
                 for tile in tiles:
                     found += [
                         _specimen(name, dtype, tile, BLOCK_R, transposed, descriptors) for transposed in (True, False)
                     ]
-                tile = config(family, dtype.itemsize, BLOCK_R, descriptors=descriptors, dropout=True)
+                tile = config(family, dtype.itemsize, descriptors=descriptors, dropout=True)
                 found.append(_specimen(name, dtype, tile, BLOCK_R, False, descriptors, dropout=True))
     return found
 

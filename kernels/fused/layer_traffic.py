@@ -26,8 +26,8 @@ def _added(M: int, N: int, R: int, itemsize: int, family: str, form: str, *, coe
         term = rank_term.traffic_rank_term(M, N, R, itemsize, rank_term.config(family, itemsize), coef=coef)
         addend = M * N * itemsize  # the library's product reads back what it starts from
         return term + Traffic(read=addend, loaded=addend)
-    tile = gemm.config(family, itemsize, block_rank(R), descriptors=form == "descriptors")
-    return traffic_rank_tile(M, N, R, itemsize, tile, gemm.rank_tile(R, itemsize), coef=coef)
+    tile = gemm.config(family, itemsize, descriptors=form == "descriptors")
+    return traffic_rank_tile(M, N, R, itemsize, tile, coef=coef)
 
 
 def forward_traffic(
@@ -77,9 +77,9 @@ def backward_traffic(
     dq = _shared(dq_pass.traffic_dq_pass(K, [R] * sharing, itemsize, of_x, at_x), sharing)
     done = sums.traffic_sum_partials(
         [
-            (R * N, of_dy.splits0, 0, True, False),
-            (padded_rank(R), programs, 0, True, False),
-            (R * K, of_x.splits0, 0, True, False),
+            (R * N, R * N, of_dy.splits0, 0, True, False),
+            (R, padded_rank(R), programs, 0, True, False),
+            (R * K, R * K, of_x.splits0, 0, True, False),
         ]
     )
     ds_bytes = 4 * blocks * M * padded_rank(R)

@@ -7,6 +7,8 @@ read. One launch, two where K is split.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,19 +27,28 @@ from .common import (
     padded_rank,
     processors,
 )
+from .launch import launch
 from .tiles import keep_tile
 
 MEMBERS = 3  # layers one launch can serve
 
 
+@cache
 def members(BLOCK_R: int) -> int:
     """Layers of a rank bucket that one launch serves: the widest ranks fill the registers alone."""
     return MEMBERS if BLOCK_R <= 128 else 1
 
 
+@cache
 def config(family: str, itemsize: int, BLOCK_R: int, count: int, dropout: bool = False) -> Tile:
     """Tile sizes: the float32 accumulators of all members stay within 64 registers a thread."""
     width = BLOCK_R * count
+    if family in ("sm_90", "sm_100") and itemsize == 2 and width <= 96 and not dropout:
+        if count > 1:
+            return Tile(BLOCK_M=128, BLOCK_K=64, num_warps=8, num_stages=4)
+        if width <= 64:
+            rows, stages = (64, 4) if width <= 32 else (128, 3)
+            return Tile(BLOCK_M=rows, BLOCK_K=128, num_warps=4, num_stages=stages)
     few = 64 if family in ("sm_80", "sm_86", "sm_120") else 48  # factors of mma.sync lie in registers
     warps = 4 if width <= few else 8
     BLOCK_M = 64 if width <= (128 if itemsize == 2 else 32) else 32 if itemsize == 2 or width <= 256 else 16
@@ -150,6 +161,7 @@ def _sum_splits_kernel(
 _SUM_BLOCK = 1024
 
 
+@cache
 def _splits(M: int, K: int, tile: Tile, device: Where) -> tuple[int, int]:
     """(splits, tiles of K in each): as many as keep all processors busy, none below 8 tiles."""
     wanted = max(processors(device) // cdiv(M, tile.BLOCK_M), 1)
@@ -176,7 +188,9 @@ def _launch(
     M, K = x2.shape
     ranks = [Q.shape[0] for Q in Qs]
     threshold, keep_scale = keep_arguments(seed, dropout_p)
-    _project_kernel[(cdiv(M, tile.BLOCK_M), splits)](
+    launch(
+        _project_kernel,
+        (cdiv(M, tile.BLOCK_M), splits),
         x2,
         *each(Qs),
         *each(parts),
@@ -209,8 +223,15 @@ def launch_project(
     _launch(x2, Qs, parts, seed, dropout_p, tile, splits, per_split)
     if splits > 1:
         widest = max(s.numel() for s in out)
-        _sum_splits_kernel[(cdiv(widest, _SUM_BLOCK), len(Qs))](
-            *each(parts), *each(out), M, *each([s.shape[1] for s in out]), splits, BLOCK=_SUM_BLOCK
+        launch(
+            _sum_splits_kernel,
+            (cdiv(widest, _SUM_BLOCK), len(Qs)),
+            *each(parts),
+            *each(out),
+            M,
+            *each([s.shape[1] for s in out]),
+            splits,
+            BLOCK=_SUM_BLOCK,
         )
 
 

@@ -6,21 +6,20 @@ Contract. ``out = [base +] bias + (alpha S) (c F)`` with the product's columns k
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import NARROW, TYPE_NAMES, Specimen, Tile, block_rank, cdiv, dot_precision, keep_arguments
+from .common import NARROW, TYPE_NAMES, Specimen, Tile, cdiv, dot_precision, keep_arguments, rank_step
+from .launch import launch
 from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
 
 
-def _rank_tile(R: int) -> int:
-    """Triplets taken at once: few registers, many programs in flight."""
-    return min(block_rank(R), 32)
-
-
+@cache
 def config(family: str, itemsize: int) -> Tile:
     """Small tiles: the kernel waits for memory, so that many programs in flight count."""
     return Tile(BLOCK_M=64, BLOCK_N=64 if itemsize == 4 else 128, num_warps=8 if itemsize == 4 else 4, num_stages=1)
@@ -111,7 +110,9 @@ def launch_rank_term(
     R = F.shape[0]
     e, mask, scale = coef if coef is not None else (None, None, 1.0)
     threshold, keep_scale = keep_arguments(seed, dropout_p)
-    _rank_term_kernel[(cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N))](
+    launch(
+        _rank_term_kernel,
+        (cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)),
         base,
         out,
         S,
@@ -135,7 +136,7 @@ def launch_rank_term(
         HAS_ALPHA=alpha is not None,
         DROPOUT=threshold > 0,
         PRECISION=dot_precision(out.dtype),
-        BLOCK_R=_rank_tile(R),
+        BLOCK_R=rank_step(R),
         **tile.blocks("BLOCK_M", "BLOCK_N"),
     )
 
@@ -157,7 +158,7 @@ def traffic_rank_term(
     whole = M * N * itemsize
     own = whole if base else 0
     return Traffic(own, whole, own, whole) + traffic_rank_tile(
-        M, N, R, itemsize, tile, _rank_tile(R), groups=groups, coef=coef, bias=bias, seeded=seeded
+        M, N, R, itemsize, tile, groups=groups, coef=coef, bias=bias, seeded=seeded
     )
 
 

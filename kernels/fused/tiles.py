@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..traffic import Traffic
-from .common import Tile, cdiv, padded_rank
+from .common import Tile, cdiv, padded_rank, rank_step
 
 
 @triton.jit
@@ -118,18 +118,17 @@ def add_rank_term(
 ):
     """acc (rows, BLOCK_N) plus bias and the rank term, columns from ``first_column`` (a multiple of 4) on; dropout cuts the rank term."""
     columns = first_column + tl.arange(0, BLOCK_N)
+    term = tl.zeros_like(acc) if DROPOUT else acc
     for first in tl.range(0, R, BLOCK_R, num_stages=1):
         t = rank_rows(s_ptr, alpha_ptr, rows, first, M, R, S_COLS, rows_per_group, HAS_ALPHA, BLOCK_R)
         f = rank_columns(f_ptr, e_ptr, mask_ptr, columns, first, N, R, scale, HAS_COEF, BLOCK_R, DTYPE)
-        if DROPOUT:
-            term = tl.dot(t, f, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
-            keep = keep_tile(seed_ptr, rows, first_column, N, threshold, BLOCK_N)
-            acc += tl.where(keep, term * keep_scale, 0.0)
-        else:
-            acc = tl.dot(t, f, acc, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+        term = tl.dot(t, f, term, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
+    if DROPOUT:
+        keep = keep_tile(seed_ptr, rows, first_column, N, threshold, BLOCK_N)
+        term = acc + tl.where(keep, term * keep_scale, 0.0)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    return acc
+        term += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    return term
 
 
 def rank_term_types(name: str) -> dict[str, str]:
@@ -146,7 +145,6 @@ def traffic_rank_tile(
     R: int,
     itemsize: int,
     tile: Tile,
-    BLOCK_R: int,
     *,
     groups: int = 0,
     coef: bool = False,
@@ -156,12 +154,12 @@ def traffic_rank_tile(
     """Of :func:`add_rank_term` in all tiles of an (M, N) result; ``groups`` counts alphas, 0 without."""
     blocks_m, blocks_n = cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)
     s_bytes, f_bytes, bias_bytes = M * padded_rank(R) * itemsize, 4 * R * N, N * itemsize if bias else 0
-    vectors, seed_bytes, steps = 8 * R if coef else 0, 8 if seeded else 0, cdiv(R, BLOCK_R)
+    vectors, seed_bytes, steps = 8 * R if coef else 0, 8 if seeded else 0, cdiv(R, rank_step(R))
     return Traffic(
         read=s_bytes + f_bytes + vectors + 4 * groups + bias_bytes + seed_bytes,
         loaded=blocks_n * s_bytes
         + blocks_m * (f_bytes + bias_bytes)
-        + blocks_m * blocks_n * (vectors + steps * seed_bytes)
+        + blocks_m * blocks_n * (vectors + seed_bytes)
         + (4 * blocks_n * M * steps if groups else 0),
         flops=2 * M * N * R,
     )

@@ -120,7 +120,7 @@ def test_the_fastest_form_is_chosen(
 
 def test_the_fastest_tile_is_chosen(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = [
-        gemm.config("sm_86", 4, 16, descriptors=False),
+        gemm.config("sm_86", 4, descriptors=False),
         choice.Tile(16, 16, 16, 8, 4, 2),
         choice.Tile(32, 16, 32, 8),
     ]
@@ -254,9 +254,13 @@ def test_a_weight_is_copied_only_where_it_is_a_temporary() -> None:
 def test_every_family_has_a_default_and_so_has_an_unknown_one(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(choice.DEFAULTS) == set(SHARED_MEMORY)
-    for name, default in choice.DEFAULTS.items():
-        assert default in choice.candidates(FORWARD, name)
+    for problem in (
+        FORWARD,
+        FORWARD._replace(rows=8192, columns=4096),
+        FORWARD._replace(rows=8192, dtype=torch.float32),
+    ):
+        for name in SHARED_MEMORY:
+            assert choice.default(problem, name) in choice.candidates(problem, name)
     monkeypatch.setattr(choice, "family", lambda device: "sm_990")
     assert call(device) == LIBRARY
     assert choice.candidates(FORWARD, "sm_990")[0] == LIBRARY

@@ -246,13 +246,12 @@ def test_dq_pass(
 )
 def test_sum_partials(jobs: list[tuple[int, int, int, bool, bool]]) -> None:
     """A vector first, then matrices."""
-    padded = 3  # numbers between the parts of the vector that nobody reads
     with counted() as count:
         sums.launch_sum_partials(
             [
                 Job(
-                    draw(first + second, numel if i else numel + padded),
-                    numel if i else numel + padded,
+                    draw(first + second, numel if i else padded_rank(numel)),
+                    numel if i else padded_rank(numel),  # what lies between the parts of the vector is not read
                     numel,
                     first,
                     second,
@@ -263,7 +262,9 @@ def test_sum_partials(jobs: list[tuple[int, int, int, bool, bool]]) -> None:
                 for i, (numel, first, second, out, acc) in enumerate(jobs)
             ]
         )
-    assert_counted(count, sums.traffic_sum_partials(jobs))
+    strides = [numel if i else padded_rank(numel) for i, (numel, *_) in enumerate(jobs)]
+    expected = [(job[0], stride, *job[1:]) for job, stride in zip(jobs, strides, strict=True)]
+    assert_counted(count, sums.traffic_sum_partials(expected))
 
 
 @pytest.mark.parametrize(("form", "dtype"), [("pointers", torch.float16), ("library", torch.float32)])
@@ -273,7 +274,7 @@ def test_a_layer_moves_the_sum_of_its_launches(form: str, dtype: torch.dtype, M:
     x, weight, dy = draw(M, K, dtype=dtype), draw(N, K, dtype=dtype), draw(M, N, dtype=dtype)
     rest = (draw(R, N), draw(R), draw(R, K), torch.ones(R), *[None] * 6, SCALE, 0.0, 1, 1)
     size, family_ = dtype.itemsize, family(CPU)
-    tile = gemm.config(family_, size, block_rank(R), descriptors=False)
+    tile = gemm.config(family_, size, descriptors=False)
     needs = [True, False, False, True, True, True, False]
     with use_product(Product(form, tile)), counted() as count:
         S = torch.ops.igulora.svd_linear_fwd(x, weight, None, *rest[:5], None, *rest[5:])[1]
