@@ -20,7 +20,9 @@ from .philox import dropout_keep_mask
 
 def rows_first(t: Tensor) -> Tensor:
     """(..., K) as (M, K)."""
-    return t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0)
+    if t.ndim == 2:
+        return t
+    return t.flatten(0, -2) if t.ndim > 2 else t.unsqueeze(0)
 
 
 def group_count(alpha: Tensor | None, path_weight: Tensor | None) -> int:

@@ -221,6 +221,11 @@ def _dispatch_bwd(dy, S, x, weight, P, *rest):
         return fused.backward(dy, S, x, weight, P, *rest)
 
 
+def _dispatch_bwd_op(dy, S, x, *rest):
+    """An operator returns tensors: empty ones for what the kernels leave out."""
+    return empty_results(x, _dispatch_bwd(dy, S, x, *rest))
+
+
 _svd_linear_fwd = torch.library.custom_op("igulora::svd_linear_fwd", _reference_fwd, mutates_args=())
 _svd_linear_bwd = torch.library.custom_op(
     "igulora::svd_linear_bwd", _reference_bwd, mutates_args=("path_P", "path_E", "path_Q")
@@ -229,7 +234,7 @@ _svd_linear_fwd.register_fake(_fake_fwd)
 _svd_linear_bwd.register_fake(_fake_bwd)
 for _device in ("cuda", "cpu"):
     _svd_linear_fwd.register_kernel(_device)(_dispatch_fwd)
-    _svd_linear_bwd.register_kernel(_device)(_dispatch_bwd)
+    _svd_linear_bwd.register_kernel(_device)(_dispatch_bwd_op)
 
 
 def _setup_context(ctx, inputs, output):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rows import Ranges, empty_results, group_count, rows_first
+from ..rows import Ranges, group_count, rows_first
 from . import dq_pass, dy_pass, rank_term
 from . import project as projection
 from .common import block_rank, cdiv, drops, family, padded_rank
@@ -41,6 +41,8 @@ def _float32(device: torch.device, *shape: int) -> Tensor:
 def _widened(S: Tensor) -> Tensor:
     """The padded buffer that a (M, r) view of ours was cut from; a copy where it is somebody else's."""
     columns = padded_rank(S.shape[1])
+    if S.shape[1] == columns and S.is_contiguous():
+        return S
     if (
         S.stride() == (columns, 1)
         and S.storage_offset() == 0
@@ -151,8 +153,8 @@ def backward(
     train_groups: int,
     path_start: int,
     needs: list[bool],
-) -> tuple[Tensor, ...]:
-    """``svd_linear``'s backward."""
+) -> tuple[Tensor | None, ...]:
+    """``svd_linear``'s backward; None for what is not needed."""
     need_x, need_w, need_b, need_p, need_e, need_q, need_s = needs
     dy2, x2 = _aligned_rows(dy), _aligned_rows(x)
     M, R = x2.shape[0], P.shape[0]
@@ -192,8 +194,15 @@ def backward(
         dW = dy2.t() @ x2
     if need_b:
         db = dy2.sum(0)
-    results = (dx, dW, db, dP, dE, dQ, G[:, :R])
-    return empty_results(x, tuple(t if need else None for t, need in zip(results, needs, strict=True)))
+    return (
+        dx,
+        dW,
+        db,
+        dP if need_p else None,
+        dE if need_e else None,
+        dQ if need_q else None,
+        G[:, :R] if need_s else None,
+    )
 
 
 def _dy_gradients(
