@@ -16,7 +16,7 @@ import igulora
 from igulora.kernels import svd_linear
 from igulora.kernels.backend import MAX_RANK, ReferenceWarning, runs_fused, use_backend
 
-from ..kernels.fused.exactness import assert_exact
+from ..kernels.fused.exactness import assert_exact, compiled_anew  # noqa: F401
 from .steps import DTYPES, Inputs, Size, adapted, options
 
 ESTIMATORS = {
@@ -224,6 +224,7 @@ def test_both_backends_agree(device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("dropout", [0.0] + [0.3] * torch.cuda.is_available())
 def test_a_compiled_llama_takes_the_step_of_an_eager_one(device, dropout) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -47,6 +47,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """The compiler keeps what it made of earlier versions of the operators, or of the other backend, on disk; here it reads none of it."""
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
 
 
 class Guarded:
