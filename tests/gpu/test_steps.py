@@ -93,12 +93,13 @@ def path_gradient(device: torch.device, where: torch.device, path_pass: str) -> 
     controller = igulora.Controller(model)
     model.igulora_bank.context.allowed_unstepped = 8
     for seed in range(3):
-        inputs = Inputs.draw(where, torch.float32, seed)
+        inputs = Inputs.draw(device, torch.float32, seed)
+        batch = {"x": inputs.x.to(where), "y": inputs.target.to(where)}
         if device.type == "cuda" and seed:  # the first one compares losses, and waits for the device
             torch.cuda._sleep(200_000_000)
         controller.backward(
             lambda b: (model(b["x"].to(device)) - b["y"].to(device)).square().mean(),
-            {"x": inputs.x, "y": inputs.target},
+            batch,
         )
     return model.igulora_bank.path.clone()
 
