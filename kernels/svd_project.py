@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backend import as_given, on_device, runs_fused, unwatched
 from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
-from .rows import group_count, keep_factor, q_gradient, rank_buffer, rows_first
+from .rows import empty_results, group_count, keep_factor, q_gradient, rank_buffer, rows_first
 
 
 def _widest(Qs: list[Tensor]) -> int:
@@ -56,10 +56,11 @@ def _reference_bwd(
     train_groups: int,
     path_start: int,
     needed: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Reference backward: dQ_i below one another, empty unless needed; adds those of path rows to ``path_Qs``, which may be empty.
 
-    One tensor, because the compiler takes no operator that changes its arguments and returns a list.
+    No list, because the compiler takes no operator that changes its arguments and returns one. The second result is always empty:
+    Inductor (torch 2.11 to 2.13) fails on an operator with a single result where it is given none of the arguments that it changes.
     """
     x2 = rows_first(x)
     keep = keep_factor(x2, seed, dropout_p)
@@ -77,11 +78,12 @@ def _reference_bwd(
     )
     if joint_path is not None:
         torch._foreach_add_(path_Qs, joint_path.split(sizes))
-    return x.new_empty((0,)) if joint is None else joint.to(Qs[0].dtype)
+    return empty_results(x, (None if joint is None else joint.to(Qs[0].dtype), None))  # type: ignore[return-value]
 
 
 def _fake_bwd(Gs, x, Qs, alpha, path_weight, path_Qs, seed, dropout_p, train_groups, path_start, needed):
-    return Qs[0].new_empty((sum(Q.shape[0] for Q in Qs), x.shape[-1])) if needed else x.new_empty((0,))
+    joint = Qs[0].new_empty((sum(Q.shape[0] for Q in Qs), x.shape[-1])) if needed else None
+    return empty_results(x, (joint, None))
 
 
 def _dispatch_fwd(x, Qs, seed, dropout_p, *rest):
@@ -99,7 +101,7 @@ def _dispatch_bwd(Gs, x, Qs, *rest):
             return _reference_bwd(Gs, x, Qs, *rest)
         from .fused import svd_linear as fused
 
-        return fused.project_backward(Gs, x, Qs, *rest)
+        return empty_results(x, (fused.project_backward(Gs, x, Qs, *rest), None))
 
 
 _svd_project_fwd = torch.library.custom_op("igulora::svd_project_fwd", _reference_fwd, mutates_args=())
@@ -124,7 +126,7 @@ def _gradients(ctx, Gs, wanted):
     needed = ctx.ranges[0] > 0 and wanted
     rest = (ctx.accumulators, seed, ctx.dropout_p, *ctx.ranges, needed)
     run = _dispatch_bwd if unwatched(x) else _svd_project_bwd
-    joint = run(list(Gs), x, Qs, alpha, path_weight, *rest)
+    joint, _ = run(list(Gs), x, Qs, alpha, path_weight, *rest)
     return list(joint.split([Q.shape[0] for Q in Qs])) if needed else [None] * len(Qs)
 
 

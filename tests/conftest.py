@@ -61,6 +61,16 @@ def config() -> Callable[..., igulora.IGUConfig]:
     return make
 
 
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Launches a kernel from autograd's thread, as a loss does: a thread whose first call is one of cuBLAS makes PyTorch warn.
+    torch.ones(2, device="cuda", requires_grad=True).exp().sum().backward()
+    return torch.device("cuda")
+
+
 def batches_of(count: int, size: int = 6, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
     """Regression batches (x, target) for :class:`Net`."""
     g = torch.Generator().manual_seed(seed)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("gpu_suite", "gpu_report", "gpu_machine", "gpu_tests", "gpu_kernels", "render", "run", "cases")
+MODULES = ("gpu_suite", "gpu_report", "gpu_machine", "gpu_tests", "gpu_kernels", "gpu_steps", "render", "run", "cases")
 PARTS = ("floors", "tests", "compile", "kernels", "layers", "steps")
 
 
@@ -249,3 +253,45 @@ def test_an_interrupted_test_file_keeps_what_it_has_run(
     (result,) = found["files"].values()
     assert result["passed"] == 1
     assert "time was over" in result["cut"]
+
+
+def test_the_longest_test_files_start_first(modules: dict[str, ModuleType]) -> None:
+    tests = modules["gpu_tests"]
+
+    def names(kind: str, quick: bool = False) -> list[str]:
+        setting = SimpleNamespace(tiny=False, quick=quick, device=torch.device(kind))
+        return [file.name for file in tests.files(setting)]
+
+    assert names("cuda")[: len(tests._SECONDS)] == sorted(tests._SECONDS, key=tests._SECONDS.get, reverse=True)
+    assert set(names("cpu")) - set(names("cuda")) == set(tests._INTERPRETED)
+    assert names("cuda", quick=True) == ["test_steps.py", "test_graphs.py"]
+
+
+def test_what_a_capture_reads_lives_as_long_as_its_replay(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed: list[int] = []
+    stubs = {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda stream: None),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: replayed.append(1)),
+        "current_stream": lambda: None,
+        "synchronize": lambda device: None,
+        "stream": lambda stream: nullcontext(),
+        "graph": lambda graph, stream: nullcontext(),
+    }
+    for name, stub in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+
+    def capture() -> tuple[Callable[[], object], weakref.ref[torch.Tensor]]:
+        state = torch.zeros(3)
+        steps = SimpleNamespace(setting=SimpleNamespace(device=None))
+        return modules["gpu_steps"].Steps._captured(steps, lambda: state.add_(1)), weakref.ref(state)
+
+    replay, state = capture()
+    gc.collect()
+    assert state() is not None
+    replay()
+    assert replayed == [1]
+    del replay
+    gc.collect()
+    assert state() is None

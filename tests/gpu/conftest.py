@@ -24,9 +24,3 @@ def _triton(_needs_device: None) -> Iterator[None]:
     """Every operator of these tests runs as a Triton kernel, or raises."""
     with use_backend("triton"):
         yield
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the kernels run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

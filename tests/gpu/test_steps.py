@@ -16,7 +16,7 @@ import igulora
 from igulora.kernels import svd_linear
 from igulora.kernels.backend import MAX_RANK, ReferenceWarning, runs_fused, use_backend
 
-from ..kernels.fused.exactness import assert_exact
+from ..kernels.fused.exactness import assert_exact, compiled_anew  # noqa: F401
 from .steps import DTYPES, Inputs, Size, adapted, options
 
 ESTIMATORS = {
@@ -93,12 +93,13 @@ def path_gradient(device: torch.device, where: torch.device, path_pass: str) -> 
     controller = igulora.Controller(model)
     model.igulora_bank.context.allowed_unstepped = 8
     for seed in range(3):
-        inputs = Inputs.draw(where, torch.float32, seed)
+        inputs = Inputs.draw(device, torch.float32, seed)
+        batch = {"x": inputs.x.to(where), "y": inputs.target.to(where)}
         if device.type == "cuda" and seed:  # the first one compares losses, and waits for the device
             torch.cuda._sleep(200_000_000)
         controller.backward(
             lambda b: (model(b["x"].to(device)) - b["y"].to(device)).square().mean(),
-            {"x": inputs.x, "y": inputs.target},
+            batch,
         )
     return model.igulora_bank.path.clone()
 
@@ -224,6 +225,7 @@ def test_both_backends_agree(device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("dropout", [0.0] + [0.3] * torch.cuda.is_available())
 def test_a_compiled_llama_takes_the_step_of_an_eager_one(device, dropout) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
@@ -17,9 +16,3 @@ def _triton() -> Iterator[None]:
     """Every operator of these tests runs as a Triton kernel, or raises."""
     with use_backend("triton"):
         yield
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the kernels run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

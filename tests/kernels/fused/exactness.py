@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +21,8 @@ def assert_exact(ours: Tensor, same_dtype: Tensor, exact: Tensor) -> None:
         exact: the result in float64; where it is not finite, ours has to be the same.
     """
     assert ours.shape == exact.shape
-    ours, same_dtype, odd = ours.cpu().double(), same_dtype.cpu().double(), ~exact.isfinite()
+    ours, same_dtype, exact = (t.cpu().double() for t in (ours, same_dtype, exact))
+    odd = ~exact.isfinite()
     assert torch.equal(ours[odd].nan_to_num(12345.0), exact[odd].nan_to_num(12345.0))
     if not (~odd).any():
         return
@@ -38,7 +39,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             out = make(*args, **kwargs)
-            if out.is_meta or out.dtype == torch.bool:
+            # A leaf that requires a gradient may not be written to (checkpointing makes one, of no elements).
+            if out.is_meta or out.dtype == torch.bool or out.requires_grad:
                 return out
             return out.fill_(torch.nan if out.is_floating_point() else torch.iinfo(out.dtype).min)
 
@@ -47,6 +49,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    """The compiler keeps what it made of earlier versions of the operators, or of the other backend, on disk; here it reads none of it."""
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
 
 
 class Guarded:

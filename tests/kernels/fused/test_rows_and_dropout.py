@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,24 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from igulora.kernels import dropout_keep_mask, svd_linear
+from igulora.kernels.backend import use_backend
 from igulora.kernels.fused import dy_pass
 from igulora.kernels.fused.choice import use_product
 from igulora.kernels.svd_project import svd_project
 
-from .calls import DTYPES, FORMS, MASTERS, Call, assert_follows, placed, run, small_tiles  # noqa: F401
+from .calls import (
+    CPU,
+    DTYPES,
+    FORMS,
+    MASTERS,
+    Call,
+    assert_close,
+    assert_follows,
+    placed,
+    run,
+    small_tiles,  # noqa: F401
+    terms_of,
+)
 from .exactness import poisoned  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned", "small_tiles")
@@ -48,6 +62,31 @@ def test_rows_of_two_passes_over_dy(
 def test_path_rows_at_any_rank(r: int, alpha: str | None, dtype: torch.dtype, device: torch.device) -> None:
     """Without alpha the path weights alone say how many sequences there are."""
     assert_follows(Call(r, (4, 9), alpha=alpha, train=4, path=1, dropout=0.3), dtype, device)
+
+
+def test_the_bound_of_a_single_number() -> None:
+    """It takes roundings where PyTorch happened to make none, also where the terms cancel; a row that is missing it does not take."""
+    call, dtype = Call(1, (4, 9), alpha="groups", train=4, path=1, dropout=0.3), torch.float16
+    with use_backend("reference"):
+        exact, rounded = run(call, dtype, CPU, exact=True), run(call, dtype, CPU)
+        short = run(replace(call, layouts=(("dy", without_last_row),)), dtype, CPU, exact=True)
+    terms = terms_of(call, run)
+    assert exact["path_E"].abs() < 0.1 * terms["path_E"]
+    for name in ("E", "path_E"):
+
+        def holds(ours: Tensor, name: str = name) -> None:
+            wanted = {name: exact[name]}
+            assert_close({name: ours.double()}, wanted, wanted, torch.finfo(dtype).eps, terms)
+
+        holds(rounded[name])
+        with pytest.raises(AssertionError, match="expected an error"):
+            holds(short[name])
+
+
+def without_last_row(t: Tensor) -> Tensor:
+    """Zeros in place of the last row."""
+    t[-1, -1] = 0.0
+    return t
 
 
 def test_one_alpha_for_all_rows(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from igulora.kernels.backend import use_backend
 from igulora.kernels.svd_project import svd_project
 
 from .calls import CPU, DTYPES, LAYOUTS, Call, assert_close, placed, small_tiles  # noqa: F401
-from .exactness import Guarded, poisoned  # noqa: F401
+from .exactness import Guarded, compiled_anew, poisoned  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 small = pytest.mark.usefixtures("small_tiles")
@@ -208,6 +209,32 @@ def test_compiled_training_adds_to_the_accumulators(device: torch.device) -> Non
         results.append([y, x.grad, *(Q.grad for Q in Qs), *(a for path in paths for a in path)])
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
+
+
+@small
+@pytest.mark.usefixtures("compiled_anew")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("sampled", [False, True])
+def test_inductor_takes_both_operators(device: torch.device, sampled: bool) -> None:
+    """With accumulators to change, and without: Inductor then fails on an operator that has a single result."""
+    if device.type == "cpu" and not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    t = operands([3, 5], (4, 3), 6, torch.float32, False, True)
+    x, alpha = t["x"].to(device), t["alpha"].to(device)
+    rows = {"train_groups": 3, "path_weight": t["weight"].to(device)} if sampled else {}
+
+    def forward(Qs: list[Tensor], paths: list[Tensor] | None) -> Tensor:
+        return torch.cat(svd_project(x, Qs, alpha, **rows, path_Qs=paths), dim=1)
+
+    results = []
+    for run in (forward, torch.compile(forward, fullgraph=True)):
+        Qs = [Q.to(device, copy=True).requires_grad_() for Q in t["Qs"]]
+        paths = [Q.to(device, copy=True) for Q in t["path_Qs"]]
+        S = run(Qs, paths if sampled else None)
+        S.backward(torch.cat(t["Gs"], dim=1).to(device))
+        results.append([S.detach(), *(Q.grad for Q in Qs), *paths])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @small

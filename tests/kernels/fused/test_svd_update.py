@@ -11,7 +11,7 @@ from torch import Tensor
 from igulora.kernels import svd_project, svd_update
 from igulora.kernels.backend import use_backend
 
-from .calls import CPU, DTYPES, MASTERS, Call, assert_close, every_other, placed, small_tiles  # noqa: F401
+from .calls import CPU, DTYPES, MASTERS, Call, assert_close, every_other, placed, small_tiles, terms_of  # noqa: F401
 from .exactness import poisoned  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("poisoned", "small_tiles")
@@ -33,7 +33,7 @@ def run(call: Call, dtype: torch.dtype, device: torch.device, *, exact: bool = F
         options["S"] = svd_project(t["x"], [t["Q"]], t["alpha"], **options, path_Qs=path_Qs)[0]
     base = torch.nn.functional.linear(t["x"], t["weight"], t["bias"])
     operands = [t[k] for k in (*MASTERS, "mask", "alpha")]
-    y = svd_update(base, t["x"], *operands, scale=1.25, **options, path=path)
+    y = svd_update(base, t["x"], *operands, scale=call.scale, **options, path=path)
     grads = torch.autograd.grad(y, list(leaves.values()), t["dy"])
     results = {"y": y, **dict(zip(leaves, grads, strict=True))}
     results |= {f"path_{name}": t[f"path_{name}"] for name in MASTERS} if path else {}
@@ -51,7 +51,7 @@ def test_follows_the_reference(
     ours = run(call, dtype, device)
     with use_backend("reference"):
         same_dtype, exact = run(call, dtype, CPU), run(call, dtype, CPU, exact=True)
-    assert_close(ours, same_dtype, exact, torch.finfo(dtype).eps)
+    assert_close(ours, same_dtype, exact, torch.finfo(dtype).eps, terms_of(call, run))
 
 
 def test_in_place_where_it_can_be(device: torch.device) -> None:
