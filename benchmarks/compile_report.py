@@ -6,8 +6,9 @@
     make compile-report TRITON=3.6.0                             # check with that Triton, in an environment of its own; keep the result
 
 The rules: nothing on the stack, shared memory within the architecture's limit, products on tensor cores, no atomics, and 16-byte global
-accesses on aligned inputs: the widest load, the widest store, and those of every source line that moves a tile large enough. AMD's gfx942
-is compiled and shown but held to no rule.
+accesses on aligned inputs: the widest load, the widest store, and those of every source line that moves a tile large enough. `*` marks
+registers of a kernel that was assembled again with all of them, as launches are, because of the stack. AMD's gfx942 is compiled and shown
+but held to no rule.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def cells(row: Row) -> list[str]:
     tensor = ", ".join(f"{name} ×{n}" for name, n in row.tensor.items()) or "–"
     return [
         f"{row.warps}/{row.stages}",
-        str(row.registers),
+        f"{row.registers}{'*' * row.again}",
         str(row.stack),
         f"{row.shared / 1024:.1f}",
         tensor,

@@ -96,9 +96,11 @@ def _missing(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if torch.version.hip is None and capability < _MIN_CAPABILITY:
-            return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, below 8.0"
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        if torch.version.hip is not None:
+            return f"{name} is an AMD GPU, for which the kernels have no tiles yet"
+        if capability < _MIN_CAPABILITY:
+            return f"{name} has compute capability {capability[0]}.{capability[1]}, below 8.0"
         return None
     if device.type == "cpu":
         return None if interpreting() else "tensors lie on a CPU, where Triton kernels run only with TRITON_INTERPRET=1"

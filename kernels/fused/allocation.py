@@ -162,10 +162,10 @@ def specimens(family: str) -> list[Specimen]:
         )
 
     turn = {"scores_ptr": "*fp32", "layer_ptr": "*i64", "turn_ptr": "*i8", "N": "i32", "min_rank": "i32"}
-    add("turn", _turn_kernel, turn, {"eligible": "*i1"}, ())
-    add("turn of some", _turn_kernel, turn, {"eligible": "*i1"}, ("eligible",))
+    add("turn", _turn_kernel, turn, {"eligible": "*u1"}, ())
+    add("turn of some", _turn_kernel, turn, {"eligible": "*u1"}, ("eligible",))
     keep = {"scores_ptr": "*fp32", "budget_ptr": "*i64", "mask_ptr": "*fp32", "N": "i32"}
-    optional = {"eligible": "*i1", "turn": "*i8", "costs": "*i64"}
+    optional = {"eligible": "*u1", "turn": "*i8", "costs": "*i64"}
     add("keep", _keep_kernel, keep, optional, ())
     add("keep of some", _keep_kernel, keep, optional, ("eligible",))
     add("keep after turns", _keep_kernel, keep, optional, ("turn",))

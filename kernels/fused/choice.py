@@ -218,8 +218,6 @@ def environment(device: torch.device) -> str:
 @cache
 def _driver() -> str:
     """Version of the driver; of the CUDA release it brings where the system does not tell."""
-    if torch.version.hip is not None:
-        return f"hip {torch.version.hip}"
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -15,7 +15,7 @@ TYPE_NAMES = {
     torch.float32: "fp32",
     torch.int64: "i64",
     torch.int32: "i32",
-    torch.bool: "i1",
+    torch.bool: "u1",
 }
 # Largest shared memory of one program in bytes, by architecture family; a family is named by its first compute capability.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}
@@ -60,7 +60,7 @@ def processors(device: Where) -> int:
 @cache
 def family(device: torch.device) -> str:
     """Architecture family of a device (a key of :data:`SHARED_MEMORY`); one unknown to us counts as the smallest."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
         return "sm_86"
     major, minor = torch.cuda.get_device_capability(device)
     if major == 8:
@@ -80,7 +80,6 @@ class Specimen:
         constants: values of the constexpr arguments, and of strides that are 1.
         dots: whether it computes matrix products, which must run on tensor cores.
         narrow_loads, narrow_stores: why most of its accesses are narrower than 16 bytes on aligned inputs, where they must be.
-        maxnreg: registers per thread that the assembler may use. It else aims at an occupancy of its own choice, for which it spills.
     """
 
     label: str
@@ -92,7 +91,6 @@ class Specimen:
     dots: bool = True
     narrow_loads: str = ""
     narrow_stores: str = ""
-    maxnreg: int | None = None
 
 
 class Tile(NamedTuple):
@@ -120,10 +118,14 @@ class Tile(NamedTuple):
         return Specimen(label, kernel, types, {**taken, **constants}, self.num_warps, self.num_stages, dots)
 
 
+# Of which specimens are listed. A kernel of float16 is that of bfloat16 with other names of the same instructions, unless it scales what it
+# read: converting that to float32 differs. So float16 has specimens where a kernel scales, and bfloat16's stand for it elsewhere.
+SPECIMEN_DTYPES = (torch.bfloat16, torch.float32)
+SCALING_DTYPES = (*SPECIMEN_DTYPES, torch.float16)
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """How products of this dtype run: three TF32 products keep float32's accuracy on tensor cores; 16-bit types ignore it."""
-    if torch.version.hip is not None:
-        return "ieee"  # AMD's compiler has no other for float32
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +16,8 @@ from torch import Tensor
 from ..traffic import Traffic
 from .common import (
     NARROW,
+    SCALING_DTYPES,
+    SPECIMEN_DTYPES,
     TYPE_NAMES,
     Specimen,
     Tile,
@@ -30,7 +31,7 @@ from .common import (
 )
 from .launch import launch
 from .project import each, members
-from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
+from .segments import FACTOR_ARGUMENTS, SEGMENT_ARGUMENTS, Segments, factor_arguments, row_factors, split_rows
 from .tiles import keep_tile
 
 
@@ -47,7 +48,7 @@ def config(family: str, itemsize: int, BLOCK_R: int, count: int) -> Tile:
     )
 
 
-_UNSPECIALISED = ["M", "R0", "R1", "R2", "rows_per_group", "threshold", *SEGMENT_ARGUMENTS]
+_UNSPECIALISED = ["M", "R0", "R1", "R2", "rows_per_group", "threshold", *FACTOR_ARGUMENTS, *SEGMENT_ARGUMENTS]
 
 
 @triton.jit
@@ -63,8 +64,10 @@ def _member_product(
 
 
 @triton.jit
-def _store_member(part_ptr, split, columns, R, K, acc, BLOCK_R: tl.constexpr):
+def _store_member(part_ptr, split, columns, R, K, acc, keep_scale, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr):
     r = tl.arange(0, BLOCK_R)
+    if DROPOUT:
+        acc *= keep_scale
     at = part_ptr + (split.to(tl.int64) * R + r)[None, :] * K + columns[:, None]
     tl.store(at, acc, mask=(columns[:, None] < K) & (r[None, :] < R))
 
@@ -80,6 +83,8 @@ def _dq_pass_kernel(
     part2_ptr,
     alpha_ptr,
     weight_ptr,
+    has_alpha,
+    has_weight,
     seed_ptr,
     M,
     K,
@@ -99,8 +104,7 @@ def _dq_pass_kernel(
     threshold,
     keep_scale,
     MEMBERS: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    SCALED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -110,7 +114,7 @@ def _dq_pass_kernel(
     first_column, split = tl.program_id(0) * BLOCK_K, tl.program_id(1)
     columns = first_column + tl.arange(0, BLOCK_K)
     first, end = split_rows(split, end0, start1, end1, splits0, per_split)
-    SCALED: tl.constexpr = HAS_ALPHA or HAS_WEIGHT
+    in_first = split < splits0
     acc0 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     acc1 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     acc2 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
@@ -120,18 +124,21 @@ def _dq_pass_kernel(
         x = tl.load(at, mask=(rows[:, None] < end) & (columns[None, :] < K), other=0.0)
         if DROPOUT:
             keep = keep_tile(seed_ptr, rows, first_column, K, threshold, BLOCK_K)
-            x = tl.where(keep, x * keep_scale, 0.0).to(x.dtype)
-        factor = row_factors(alpha_ptr, weight_ptr, rows, end, rows_per_group, split < splits0, HAS_ALPHA, HAS_WEIGHT)
+            x = tl.where(keep, x, 0.0)
+        if SCALED:
+            factor = row_factors(alpha_ptr, weight_ptr, has_alpha, has_weight, rows, end, rows_per_group, in_first)
+        else:
+            factor = None
         acc0 = _member_product(x, g0_ptr, rows, end, factor, acc0, G0_COLS, SCALED, PRECISION, BLOCK_R)
         if MEMBERS > 1:
             acc1 = _member_product(x, g1_ptr, rows, end, factor, acc1, G1_COLS, SCALED, PRECISION, BLOCK_R)
         if MEMBERS > 2:
             acc2 = _member_product(x, g2_ptr, rows, end, factor, acc2, G2_COLS, SCALED, PRECISION, BLOCK_R)
-    _store_member(part0_ptr, split, columns, R0, K, acc0, BLOCK_R)
+    _store_member(part0_ptr, split, columns, R0, K, acc0, keep_scale, DROPOUT, BLOCK_R)
     if MEMBERS > 1:
-        _store_member(part1_ptr, split, columns, R1, K, acc1, BLOCK_R)
+        _store_member(part1_ptr, split, columns, R1, K, acc1, keep_scale, DROPOUT, BLOCK_R)
     if MEMBERS > 2:
-        _store_member(part2_ptr, split, columns, R2, K, acc2, BLOCK_R)
+        _store_member(part2_ptr, split, columns, R2, K, acc2, keep_scale, DROPOUT, BLOCK_R)
 
 
 @cache
@@ -153,17 +160,20 @@ def launch_dq_pass(
     segments: Segments,
     tile: Tile,
 ) -> None:
-    """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first."""
+    """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first.
+
+    With dropout G is taken to be scaled, be it by 1: one kernel less for a multiplication that is lost beside the words' drawing.
+    """
     M, K = x2.shape
     threshold, keep_scale = keep_arguments(seed, dropout_p)
+    scaled = alpha is not None or path_weight is not None or threshold > 0
     launch(
         _dq_pass_kernel,
         (cdiv(K, tile.BLOCK_K), segments.splits),
         x2,
         *each(Gs),
         *each(parts),
-        alpha,
-        path_weight,
+        *factor_arguments(scaled, alpha, path_weight, parts[0]),
         seed,
         M,
         K,
@@ -175,8 +185,7 @@ def launch_dq_pass(
         threshold,
         keep_scale,
         MEMBERS=len(Gs),
-        HAS_ALPHA=alpha is not None,
-        HAS_WEIGHT=path_weight is not None,
+        SCALED=scaled,
         DROPOUT=threshold > 0,
         PRECISION=dot_precision(x2.dtype),
         BLOCK_R=block_rank(max(ranks)),
@@ -221,27 +230,29 @@ def traffic_dq_pass(
 
 
 def specimens(family: str) -> list[Specimen]:
-    """Every configuration of :func:`launch_dq_pass` on a family: one layer and a full group, ordinary step, mixed batch, dropout."""
+    """Every configuration of :func:`launch_dq_pass` on a family: rows with factors or without, dropout."""
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in SCALING_DTYPES:
         name = TYPE_NAMES[dtype]
+        types = {"x_ptr": f"*{name}", "alpha_ptr": "*fp32", "weight_ptr": "*fp32", "seed_ptr": "*i64"}
+        types |= {f"g{i}_ptr": f"*{name}" for i in range(3)} | {f"part{i}_ptr": "*fp32" for i in range(3)}
+        types |= {f"G{i}_COLS": "i32" for i in range(3)}
+        types |= dict.fromkeys(("K", "stride_xm", *_UNSPECIALISED), "i32")
+        types |= {"keep_scale": "fp32"}
         for BLOCK_R in (16, 32, 64, 128, 256):
-            for count, kind in sorted({(1, ""), (1, " mixed"), (members(BLOCK_R), " mixed dropout")}):
-                types = {"x_ptr": f"*{name}", "alpha_ptr": "*fp32", "weight_ptr": "*fp32", "seed_ptr": "*i64"}
-                types |= {f"g{i}_ptr": f"*{name}" for i in range(3)} | {f"part{i}_ptr": "*fp32" for i in range(3)}
-                types |= {f"{kind}": "i32" for i in range(3) for kind in (f"R{i}", f"G{i}_COLS")}
-                types |= dict.fromkeys(
-                    ("M", "K", "stride_xm", "rows_per_group", "threshold", *SEGMENT_ARGUMENTS), "i32"
-                ) | {"keep_scale": "fp32"}
-                constants = {
-                    "MEMBERS": count,
-                    "HAS_ALPHA": kind != "",
-                    "HAS_WEIGHT": kind != "",
-                    "DROPOUT": "dropout" in kind,
-                    "PRECISION": dot_precision(dtype),
-                    "BLOCK_R": BLOCK_R,
-                }
-                label = f"dq pass {name} r{BLOCK_R} x{count}{kind}"
+            for count in range(1, members(BLOCK_R) + 1):
                 tile = config(family, dtype.itemsize, BLOCK_R, count)
-                found.append(tile.specimen(label, _dq_pass_kernel, types, constants))
+                for scaled, dropout in ((False, False), (True, False), (True, True)):
+                    if dtype not in SPECIMEN_DTYPES and not scaled:
+                        continue
+                    constants = {
+                        "MEMBERS": count,
+                        "SCALED": scaled,
+                        "DROPOUT": dropout,
+                        "PRECISION": dot_precision(dtype),
+                        "BLOCK_R": BLOCK_R,
+                    }
+                    kind = " dropout" if dropout else " scaled" * scaled
+                    label = f"dq pass {name} r{BLOCK_R} x{count}{kind}"
+                    found.append(tile.specimen(label, _dq_pass_kernel, types, constants))
     return found

@@ -12,15 +12,27 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import NARROW, TYPE_NAMES, Specimen, Tile, Where, block_rank, cdiv, dot_precision, padded_rank, processors
+from .common import (
+    NARROW,
+    SCALING_DTYPES,
+    SPECIMEN_DTYPES,
+    TYPE_NAMES,
+    Specimen,
+    Tile,
+    Where,
+    block_rank,
+    cdiv,
+    dot_precision,
+    padded_rank,
+    processors,
+)
 from .launch import launch
-from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
+from .segments import FACTOR_ARGUMENTS, SEGMENT_ARGUMENTS, Segments, factor_arguments, row_factors, split_rows
 from .sums import sum_of_parts
 from .tiles import coefficients, group_factor
 
@@ -47,7 +59,7 @@ def in_one_pass(M: int, N: int, columns: int, tile: Tile) -> bool:
     return 4 * cdiv(N, tile.BLOCK_N) * M * columns <= PARTS_LIMIT
 
 
-_UNSPECIALISED = ["M", "R", "rows_per_group", *SEGMENT_ARGUMENTS]
+_UNSPECIALISED = ["M", "R", "rows_per_group", *FACTOR_ARGUMENTS, *SEGMENT_ARGUMENTS]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=NARROW)
@@ -59,6 +71,8 @@ def _dy_pass_kernel(
     mask_ptr,
     alpha_ptr,
     weight_ptr,
+    has_alpha,
+    has_weight,
     part_ds_ptr,
     part_dp_ptr,
     M,
@@ -75,8 +89,7 @@ def _dy_pass_kernel(
     scale,
     WANT_DS: tl.constexpr,
     WANT_DP: tl.constexpr,
-    HAS_ALPHA: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,10 +115,9 @@ def _dy_pass_kernel(
             tl.store(part, ds, mask=inside_s)
         if WANT_DP:
             s = tl.load(s_ptr + rows.to(tl.int64)[:, None] * S_COLS + r[None, :], mask=inside_s, other=0.0)
-            if HAS_ALPHA or HAS_WEIGHT:
-                factor = row_factors(
-                    alpha_ptr, weight_ptr, rows, end, rows_per_group, split < splits0, HAS_ALPHA, HAS_WEIGHT
-                )
+            if SCALED:
+                in_first = split < splits0
+                factor = row_factors(alpha_ptr, weight_ptr, has_alpha, has_weight, rows, end, rows_per_group, in_first)
                 s = (s * factor[:, None]).to(dtype)
             acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M) @ (BLOCK_M, BLOCK_R)
     if WANT_DP:
@@ -129,6 +141,7 @@ def launch_dy_pass(
     """Fill the partial sums: ``part_ds`` (blocks of columns, M, padded rank) and ``part_dp`` (splits, r, N), float32, each if given."""
     M, N = dy2.shape
     R = P.shape[0]
+    scaled = part_dp is not None and (alpha is not None or path_weight is not None)
     launch(
         _dy_pass_kernel,
         (cdiv(N, tile.BLOCK_N), segments.splits),
@@ -137,8 +150,7 @@ def launch_dy_pass(
         P,
         coef[0],
         coef[1],
-        alpha,
-        path_weight,
+        *factor_arguments(scaled, alpha, path_weight, coef[0]),
         part_ds,
         part_dp,
         M,
@@ -151,8 +163,7 @@ def launch_dy_pass(
         coef[2],
         WANT_DS=part_ds is not None,
         WANT_DP=part_dp is not None,
-        HAS_ALPHA=alpha is not None,
-        HAS_WEIGHT=path_weight is not None,
+        SCALED=scaled,
         PRECISION=dot_precision(dy2.dtype),
         BLOCK_R=block_rank(R),
         **tile.blocks("BLOCK_M", "BLOCK_N"),
@@ -327,35 +338,34 @@ def traffic_ds_sum(
 
 
 def specimens(family: str) -> list[Specimen]:
-    """Every configuration of both launches on a family: an ordinary step, and a mixed batch."""
+    """Every configuration of both launches on a family: each of the two products or both, rows with factors or without."""
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in SCALING_DTYPES:
         name = TYPE_NAMES[dtype]
         masters = dict.fromkeys(("e_ptr", "mask_ptr", "alpha_ptr", "weight_ptr"), "*fp32")
+        types = {"dy_ptr": f"*{name}", "s_ptr": f"*{name}", "p_ptr": "*fp32", **masters}
+        types |= {"part_ds_ptr": "*fp32", "part_dp_ptr": "*fp32", "scale": "fp32"}
+        types |= dict.fromkeys(_UNSPECIALISED, "i32") | dict.fromkeys(("N", "S_COLS", "stride_dym"), "i32")
+        sums = {"part_ptr": "*fp32", "s_ptr": f"*{name}", "g_ptr": f"*{name}", "part_de_ptr": "*fp32", **masters}
+        sums |= dict.fromkeys(("M", "R", "S_COLS", "blocks", "rows_per_group", "train_end", "path_start"), "i32")
+        sums |= {"scale": "fp32"}
         for BLOCK_R in (16, 32, 64, 128, 256):
-            types = {"dy_ptr": f"*{name}", "s_ptr": f"*{name}", "p_ptr": "*fp32", **masters}
-            types |= {"part_ds_ptr": "*fp32", "part_dp_ptr": "*fp32", "scale": "fp32"}
-            types |= dict.fromkeys(("M", "N", "R", "S_COLS", "stride_dym", "rows_per_group", *SEGMENT_ARGUMENTS), "i32")
             tile = config(family, dtype.itemsize, BLOCK_R)
-            for mixed in (False, True):
+            for ds, dp, scaled in ((1, 1, 0), (1, 1, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0)):
+                if dtype not in SPECIMEN_DTYPES and not scaled:
+                    continue
                 constants = {
-                    "WANT_DS": True,
-                    "WANT_DP": True,
-                    "HAS_ALPHA": mixed,
-                    "HAS_WEIGHT": mixed,
+                    "WANT_DS": bool(ds),
+                    "WANT_DP": bool(dp),
+                    "SCALED": bool(scaled),
                     "PRECISION": dot_precision(dtype),
                     "BLOCK_R": BLOCK_R,
                 }
-                label = f"dy pass {name} r{BLOCK_R}{' mixed' if mixed else ''}"
-                found.append(tile.specimen(label, _dy_pass_kernel, types, constants))
-            sums = {"part_ptr": "*fp32", "s_ptr": f"*{name}", "g_ptr": f"*{name}", "part_de_ptr": "*fp32", **masters}
-            sums |= dict.fromkeys(
-                ("M", "R", "S_COLS", "blocks", "rows_per_group", "train_end", "path_start"), "i32"
-            ) | {"scale": "fp32"}
-            constants = {"WANT_DE": True, "HAS_ALPHA": True, "HAS_WEIGHT": True, "BLOCK_R": BLOCK_R}
-            found.append(
-                ds_tile(BLOCK_R, dtype.itemsize).specimen(
-                    f"ds sum {name} r{BLOCK_R}", _ds_sum_kernel, sums, constants, dots=False
-                )
-            )
+                kind = " scaled" * scaled + ("" if ds else " of dP") + ("" if dp else " of dS")
+                found.append(tile.specimen(f"dy pass {name} r{BLOCK_R}{kind}", _dy_pass_kernel, types, constants))
+            if dtype not in SPECIMEN_DTYPES:
+                continue
+            options = {"WANT_DE": True, "HAS_ALPHA": True, "HAS_WEIGHT": True, "BLOCK_R": BLOCK_R}
+            tile = ds_tile(BLOCK_R, dtype.itemsize)
+            found.append(tile.specimen(f"ds sum {name} r{BLOCK_R}", _ds_sum_kernel, sums, options, dots=False))
     return found

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..traffic import Traffic
 from .common import (
     NARROW,
+    SCALING_DTYPES,
     TYPE_NAMES,
     Specimen,
     Tile,
@@ -333,7 +334,7 @@ def traffic_gemm_rank(
 def specimens(family: str) -> list[Specimen]:
     """Every configuration :func:`launch_gemm_rank` may use on a family: forward and backward, defaults and what tuning tries."""
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in SCALING_DTYPES:
         name = TYPE_NAMES[dtype]
         for BLOCK_R in (16, 32):
             for descriptors in (False, True):

@@ -364,7 +364,7 @@ def specimens(family: str) -> list[Specimen]:
                 {
                     **pointers,
                     **states,
-                    "finite_ptr": "*i1",
+                    "finite_ptr": "*u1",
                     **counts,
                     "step1": "fp32",
                     "step2": "fp32",

@@ -3,6 +3,9 @@
 Triton binds each call's arguments anew to find out which compiled kernel they need. Here that kernel is looked up by a key that tells
 apart at least what Triton does: the pointers' types and alignment, the value of every integer that is specialised on, and what is None.
 What is not found is launched by Triton, which returns the kernel it found or compiled. Pointers are passed on as addresses.
+
+NVIDIA's assembler aims at an occupancy of its own choice, for which it puts a few bytes on the stack now and then: in which kernels depends
+on trifles. A kernel where it does is assembled once more, with all registers that its threads can have, and launched so from then on.
 """
 
 from __future__ import annotations
@@ -56,6 +59,23 @@ def _hooked() -> bool:
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
+def all_registers(num_warps: int) -> int:
+    """Registers per thread that a program of so many warps can have: 255, or its share of a multiprocessor's 65536."""
+    return min(255, 65_536 // (32 * num_warps))
+
+
+def _without_spills(
+    compiled: Any, kernel: JITFunction, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> Any:
+    """The kernel that was compiled, or the same with all registers where that leaves less on the stack. Nothing is launched."""
+    if not compiled.n_spills:
+        return compiled
+    limit = all_registers(compiled.metadata.num_warps)
+    other = kernel.warmup(*arguments, grid=grid, **constants, maxnreg=limit)
+    other.run  # noqa: B018 - loads it, which tells what it spills
+    return other if other.n_spills < compiled.n_spills else compiled
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """``kernel[grid](*arguments, **constants)`` on the current device.
 
@@ -63,8 +83,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         arguments: the runtime arguments in their order: tensors, descriptors, integers of 32 bits, floats, or None for a pointer.
         constants: the constexpr arguments and launch options.
     """
-    # Interpreted kernels are no JITFunction. AMD's compiler specialises on more than the key knows (sizes of allocations).
-    if type(kernel) is not JITFunction or torch.version.hip is not None or _hooked():
+    # Interpreted kernels are no JITFunction. On AMD, where nothing is launched yet, Triton's own key holds more (sizes of allocations).
+    if type(kernel) is not JITFunction or _hooked():
         kernel[grid](*arguments, **constants)
         return
     known = _kernels.get(kernel)
@@ -93,7 +113,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         key.append(arguments[i])
     variant = known.variants.get(found := tuple(key))
     if variant is None:
-        compiled = kernel[grid](*arguments, **constants)
+        compiled = _without_spills(kernel[grid](*arguments, **constants), kernel, grid, arguments, constants)
         known.variants[found] = compiled, tuple(constants[name] for name in known.constants)
         return
     compiled, trailing = variant

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..traffic import Traffic
 from .common import (
+    SPECIMEN_DTYPES,
     TYPE_NAMES,
     Specimen,
     Tile,
@@ -49,7 +50,8 @@ def config(family: str, itemsize: int, BLOCK_R: int, count: int, dropout: bool =
         if width <= 64:
             rows, stages = (64, 4) if width <= 32 else (128, 3)
             return Tile(BLOCK_M=rows, BLOCK_K=128, num_warps=4, num_stages=stages)
-    few = 64 if family in ("sm_80", "sm_86", "sm_120") else 48  # factors of mma.sync lie in registers
+    # Factors of mma.sync lie in registers; those of float32 in three TF32 terms, beside dropout's words.
+    few = 64 if family in ("sm_80", "sm_86", "sm_120") and not (dropout and itemsize == 4) else 48
     warps = 4 if width <= few else 8
     BLOCK_M = 64 if width <= (128 if itemsize == 2 else 32) else 32 if itemsize == 2 or width <= 256 else 16
     BLOCK_K = 32 if itemsize == 4 or width > 256 or dropout else 64
@@ -104,7 +106,7 @@ def _project_kernel(
         x = tl.load(x_rows + columns[None, :], mask=(rows[:, None] < M) & (columns[None, :] < K), other=0.0)
         if DROPOUT:
             keep = keep_tile(seed_ptr, rows, k, K, threshold, BLOCK_K)
-            x = tl.where(keep, x * keep_scale, 0.0).to(x.dtype)
+            x = tl.where(keep, x, 0.0)
         at = r.to(tl.int64)[None, :] * K + columns[:, None]
         inside = columns[:, None] < K
         q = tl.load(q0_ptr + at, mask=inside & (r[None, :] < R0), other=0.0).to(x.dtype)
@@ -118,6 +120,8 @@ def _project_kernel(
     out = (split.to(tl.int64) * M + rows)[:, None]
     live = rows[:, None] < M
     dtype = s0_ptr.dtype.element_ty
+    if DROPOUT:
+        acc0, acc1, acc2 = acc0 * keep_scale, acc1 * keep_scale, acc2 * keep_scale
     tl.store(s0_ptr + out * S0_COLS + r[None, :], acc0.to(dtype), mask=live & (r[None, :] < S0_COLS))
     if MEMBERS > 1:
         tl.store(s1_ptr + out * S1_COLS + r[None, :], acc1.to(dtype), mask=live & (r[None, :] < S1_COLS))
@@ -276,32 +280,28 @@ def traffic_project(
 
 
 def specimens(family: str) -> list[Specimen]:
-    """Every configuration :func:`launch_project` may use on a family."""
+    """Every configuration :func:`launch_project` may use on a family: whole sums and float32 parts, with and without dropout."""
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
-        name, size = TYPE_NAMES[dtype], dtype.itemsize
+    for dtype in SPECIMEN_DTYPES:
+        name = TYPE_NAMES[dtype]
         for BLOCK_R in (16, 32, 64, 128, 256):
-            for count in sorted({1, members(BLOCK_R)}):
-                tile = config(family, size, BLOCK_R, count)
+            for count in range(1, members(BLOCK_R) + 1):
                 types = {"x_ptr": f"*{name}", "seed_ptr": "*i64", "keep_scale": "fp32"}
                 types |= {f"q{i}_ptr": "*fp32" for i in range(3)}
                 types |= {f"R{i}": "i32" for i in range(3)} | {f"S{i}_COLS": "i32" for i in range(3)}
                 types |= dict.fromkeys(("M", "K", "stride_xm", "tiles_per_split", "threshold"), "i32")
-                constants = {
-                    "MEMBERS": count,
-                    "DROPOUT": False,
-                    "PRECISION": dot_precision(dtype),
-                    "BLOCK_R": BLOCK_R,
-                }
-                for out in dict.fromkeys((name, "fp32")):  # whole sums, or parts of them
-                    types |= {f"s{i}_ptr": f"*{out}" for i in range(3)}
-                    label = f"project {name} r{BLOCK_R} x{count}{'' if out == name else ' parts'}"
-                    found.append(tile.specimen(label, _project_kernel, dict(types), constants))
-                tile = config(family, size, BLOCK_R, count, dropout=True)
-                types |= {f"s{i}_ptr": f"*{name}" for i in range(3)}
-                label = f"project {name} r{BLOCK_R} x{count} dropout"
-                found.append(tile.specimen(label, _project_kernel, types, {**constants, "DROPOUT": True}))
-    types = {f"part{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": "*bf16" for i in range(3)}
-    types |= {f"S{i}_COLS": "i32" for i in range(3)} | {"M": "i32", "splits": "i32"}
-    found.append(Specimen("sum splits", _sum_splits_kernel, types, {"BLOCK": _SUM_BLOCK}, num_warps=4, dots=False))
+                constants = {"MEMBERS": count, "PRECISION": dot_precision(dtype), "BLOCK_R": BLOCK_R}
+                for dropout in (False, True):
+                    tile = config(family, dtype.itemsize, BLOCK_R, count, dropout)
+                    for out in dict.fromkeys((name, "fp32")):
+                        parts = "" if out == name else " parts"
+                        label = f"project {name} r{BLOCK_R} x{count}{parts}{' dropout' if dropout else ''}"
+                        outs = {f"s{i}_ptr": f"*{out}" for i in range(3)}
+                        options = {**constants, "DROPOUT": dropout}
+                        found.append(tile.specimen(label, _project_kernel, types | outs, options))
+    for name in ("bf16", "fp32"):
+        types = {f"part{i}_ptr": "*fp32" for i in range(3)} | {f"s{i}_ptr": f"*{name}" for i in range(3)}
+        types |= {f"S{i}_COLS": "i32" for i in range(3)} | {"M": "i32", "splits": "i32"}
+        label = f"sum splits {name}"
+        found.append(Specimen(label, _sum_splits_kernel, types, {"BLOCK": _SUM_BLOCK}, num_warps=4, dots=False))
     return found

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..traffic import Traffic
-from .common import NARROW, TYPE_NAMES, Specimen, Tile, cdiv, dot_precision, keep_arguments, rank_step
+from .common import (
+    NARROW,
+    SCALING_DTYPES,
+    TYPE_NAMES,
+    Specimen,
+    Tile,
+    cdiv,
+    dot_precision,
+    keep_arguments,
+    rank_step,
+)
 from .launch import launch
 from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
 
@@ -163,22 +172,22 @@ def traffic_rank_term(
 
 
 def specimens(family: str) -> list[Specimen]:
-    """Every configuration :func:`launch_rank_term` may use on a family: the addend of y, that of dx with dropout, an update."""
+    """Every configuration :func:`launch_rank_term` may use on a family: the addend of y, that of dx, and an update."""
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in SCALING_DTYPES:
         name = TYPE_NAMES[dtype]
+        types = {"base_ptr": f"*{name}", "out_ptr": f"*{name}", **rank_term_types(name)}
+        tile = config(family, dtype.itemsize)
         for BLOCK_R in (16, 32):
-            tile = config(family, dtype.itemsize)
-            types = {"base_ptr": f"*{name}", "out_ptr": f"*{name}", **rank_term_types(name)}
-            for kind in ("term", "term dropout", "update"):
+            for kind in ("forward", "backward", "backward dropout", "update"):
                 constants = {
                     "HAS_BASE": kind == "update",
-                    "HAS_BIAS": kind == "term",
-                    "HAS_COEF": kind != "term dropout",
+                    "HAS_BIAS": kind == "forward",
+                    "HAS_COEF": kind in ("forward", "update"),
                     "HAS_ALPHA": True,
-                    "DROPOUT": kind == "term dropout",
+                    "DROPOUT": kind == "backward dropout",
                     "PRECISION": dot_precision(dtype),
                     "BLOCK_R": BLOCK_R,
                 }
-                found.append(tile.specimen(f"rank {kind} {name} r{BLOCK_R}", _rank_term_kernel, types, constants))
+                found.append(tile.specimen(f"rank term {name} r{BLOCK_R} {kind}", _rank_term_kernel, types, constants))
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .common import cdiv
 
@@ -43,6 +44,7 @@ class Segments:
         return self.end0, self.start1, self.end1, self.splits0, self.per_split
 
 
+FACTOR_ARGUMENTS = ("has_alpha", "has_weight")
 SEGMENT_ARGUMENTS = ("end0", "start1", "end1", "splits0", "per_split")
 
 
@@ -55,16 +57,23 @@ def split_rows(split, end0, start1, end1, splits0, per_split):
 
 
 @triton.jit
-def row_factors(
-    alpha_ptr, weight_ptr, rows, end, rows_per_group, in_first, HAS_ALPHA: tl.constexpr, HAS_WEIGHT: tl.constexpr
-):
-    """(rows,) float32 factors of adapter gradients: alpha in the first segment, the path weight in the second, 0 from ``end`` on."""
-    group = rows // rows_per_group
-    factor = tl.where(rows < end, 1.0, 0.0)
-    if HAS_ALPHA:
-        alpha = tl.load(alpha_ptr + group, mask=rows < tl.where(in_first, end, 0), other=0.0)
-        factor = tl.where(in_first, alpha, factor)
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + group, mask=rows < tl.where(in_first, 0, end), other=0.0)
-        factor = tl.where(in_first, factor, weight)
-    return factor
+def row_factors(alpha_ptr, weight_ptr, has_alpha, has_weight, rows, end, rows_per_group, in_first):
+    """(rows,) float32 factors of adapter gradients: alpha in the first segment, the path weight in the second; 1 without them."""
+    given = tl.where(in_first, has_alpha, has_weight) != 0
+    factor_ptr = tl.where(in_first, alpha_ptr, weight_ptr)
+    # 0 elsewhere, as asynchronous copies fill it in: another number takes registers.
+    factor = tl.load(factor_ptr + rows // rows_per_group, mask=rows < tl.where(given, end, 0), other=0.0)
+    return tl.where(given, factor, 1.0)
+
+
+def factor_arguments(
+    scaled: bool, alpha: Tensor | None, path_weight: Tensor | None, other: Tensor
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """What kernels take for :func:`row_factors`: both factors, and which of them count. One kernel serves either and both.
+
+    ``other`` stands where there is none: float32, not read.
+    """
+    if not scaled:
+        return None, None, 0, 0
+    has_alpha, has_weight = alpha is not None, path_weight is not None
+    return alpha if has_alpha else other, path_weight if has_weight else other, int(has_alpha), int(has_weight)

@@ -82,20 +82,30 @@ def test_triton_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         runs_fused(torch.ones(2))
 
 
-class _OldGpu:
+class _OnGpu:
     device = torch.device("cuda", 0)
     dtype = torch.float16
 
 
-def test_compute_capability_below_8(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [
+        (None, (7, 5), r"a card has compute capability 7.5, below 8.0"),
+        ("7.1", (9, 4), r"a card is an AMD GPU, for which the kernels have no tiles yet"),
+    ],
+    ids=["too old", "AMD"],
+)
+def test_devices_that_run_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, capability: tuple[int, int], reason: str
+) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "an old card")
-    with use_backend(None), pytest.warns(ReferenceWarning, match=r"an old card has compute capability 7.5, below 8.0"):
-        assert not runs_fused(_OldGpu())  # type: ignore[arg-type]
-    with use_backend("triton"), pytest.raises(ValueError, match="below 8.0"):
-        runs_fused(_OldGpu())  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a card")
+    with use_backend(None), pytest.warns(ReferenceWarning, match=reason):
+        assert not runs_fused(_OnGpu())  # type: ignore[arg-type]
+    with use_backend("triton"), pytest.raises(ValueError, match=reason):
+        runs_fused(_OnGpu())  # type: ignore[arg-type]
 
 
 def test_unknown_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ class Compiled:
     """What Triton would have compiled for the launch that is under way."""
 
     function = packed_metadata = None
+    n_spills = 0
 
     def __init__(self) -> None:
         self.key = _current

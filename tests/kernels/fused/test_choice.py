@@ -437,7 +437,6 @@ def test_the_drivers_version_is_read_from_the_system(
 
     monkeypatch.setattr(Path, "read_text", read)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", None, raising=False)
-    monkeypatch.setattr(torch.version, "hip", None)
     assert choice._driver.__wrapped__() == version
 
 
