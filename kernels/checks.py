@@ -42,7 +42,10 @@ def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
 def check_masters(out_features: int, in_features: int, P: Tensor, E: Tensor, Q: Tensor, mask: Tensor) -> None:
     """P, E, Q and mask are those of one rank for an (out, in) layer."""
     r = P.shape[0]
-    wanted = {"P": (r, out_features), "E": (r,), "Q": (r, in_features), "mask": (r,)}
+    vector = (r,)
+    if (P.shape, E.shape, Q.shape, mask.shape) == ((r, out_features), vector, (r, in_features), vector):
+        return
+    wanted = {"P": (r, out_features), "E": vector, "Q": (r, in_features), "mask": vector}
     for name, tensor in (("P", P), ("E", E), ("Q", Q), ("mask", mask)):
         if tuple(tensor.shape) != wanted[name]:
             raise ValueError(
@@ -53,8 +56,9 @@ def check_masters(out_features: int, in_features: int, P: Tensor, E: Tensor, Q: 
 
 def check_device(x: Tensor, others: dict[str, Tensor | None]) -> None:
     """Every operand lies where x does."""
+    device = x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
                 f"expected every operand on {x.device} like x, got {name} on {tensor.device}; move the model as a whole"
             )
@@ -90,7 +94,7 @@ def check_rows(
 
 def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """x and the base product's other operands in autocast's dtype, where autocast is on."""
-    if not autocasts(x):
+    if not autocasts(x.device.type):
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))

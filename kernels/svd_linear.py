@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import as_given, on_device, runs_fused, unwatched
+from .backend import as_given, runs_fused, unwatched
 from .checks import (
     Path,
     check_device,
@@ -203,7 +203,7 @@ def _fake_bwd(
 
 def _dispatch_fwd(x, weight, bias, P, E, Q, mask, alpha, S, *rest):
     operands = (x, weight, bias, P, E, Q, mask, alpha, S)
-    with on_device(x), as_given(x):
+    with as_given(x):
         if not runs_fused(x, P.shape[0]):
             return _reference_fwd(*operands, *rest)
         from .fused import svd_linear as fused  # Triton takes half a second to import, and is absent on some platforms
@@ -213,7 +213,7 @@ def _dispatch_fwd(x, weight, bias, P, E, Q, mask, alpha, S, *rest):
 
 
 def _dispatch_bwd(dy, S, x, weight, P, *rest):
-    with on_device(x), as_given(x):
+    with as_given(x):
         if not runs_fused(x, P.shape[0]):
             return _reference_bwd(dy, S, x, weight, P, *rest)
         from .fused import svd_linear as fused

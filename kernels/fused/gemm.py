@@ -256,7 +256,7 @@ def launch_gemm_rank(
     """
     M, K = A.shape
     R, N = F.shape
-    out = torch.empty((M, N), dtype=A.dtype, device=A.device)
+    out = A.new_empty((M, N))
     e, mask, scale = coef if coef is not None else (None, None, 1.0)
     threshold, keep_scale = keep_arguments(seed, dropout_p)
     tail = (S, F, e, mask, alpha, bias, seed, M, N, K, R, S.shape[1], M // alpha.numel() if alpha is not None else M)

@@ -30,7 +30,7 @@ class _Launched:
     descriptors: list[int]
     sizes: list[int]
     constants: list[str]
-    variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = field(default_factory=dict)
+    variants: dict[tuple[Any, ...], tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kernel: JITFunction) -> _Launched:
@@ -47,13 +47,13 @@ class _Launched:
         )
 
 
-_kernels: dict[JITFunction, _Launched] = {}
+_kernels: dict[int, _Launched] = {}  # by id: kernels live as long as their modules, and their own hash is slow
 
 
 def _hooked() -> bool:
     """Whether a profiler wants to hear of launches from Triton."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -67,9 +67,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if type(kernel) is not JITFunction or torch.version.hip is not None or _hooked():
         kernel[grid](*arguments, **constants)
         return
-    known = _kernels.get(kernel)
+    known = _kernels.get(id(kernel))
     if known is None:
-        known = _kernels[kernel] = _Launched.of(kernel)
+        known = _kernels[id(kernel)] = _Launched.of(kernel)
     device = torch.cuda.current_device()
     values = list(arguments)
     key: list[Any] = [device, *constants.values()]
@@ -94,11 +94,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     variant = known.variants.get(found := tuple(key))
     if variant is None:
         compiled = kernel[grid](*arguments, **constants)
-        known.variants[found] = compiled, tuple(constants[name] for name in known.constants)
+        trailing = [constants[name] for name in known.constants]
+        known.variants[found] = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), trailing
         return
-    compiled, trailing = variant
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    run, handles, trailing = variant
     across, down = grid if len(grid) == 2 else (grid[0], 1)
-    compiled.run(
-        across, down, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *trailing
-    )
+    run(across, down, 1, torch._C._cuda_getCurrentRawStream(device), *handles, *values, *trailing)

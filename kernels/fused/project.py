@@ -219,7 +219,7 @@ def launch_project(
     splits, per_split = _splits(M, K, tile, x2.device)
     parts = out
     if splits > 1:
-        parts = [torch.empty((splits, *s.shape), dtype=torch.float32, device=x2.device) for s in out]
+        parts = [s.new_empty((splits, *s.shape), dtype=torch.float32) for s in out]
     _launch(x2, Qs, parts, seed, dropout_p, tile, splits, per_split)
     if splits > 1:
         widest = max(s.numel() for s in out)
@@ -239,7 +239,7 @@ def launch_project_parts(x2: Tensor, Q: Tensor, tile: Tile) -> Tensor:
     """The float32 parts of x Q^T, (splits, M, padded rank), not added up yet: for dy P^T, whose sum has more to do."""
     M, K = x2.shape
     splits, per_split = _splits(M, K, tile, x2.device)
-    parts = torch.empty((splits, M, padded_rank(Q.shape[0])), dtype=torch.float32, device=x2.device)
+    parts = x2.new_empty((splits, M, padded_rank(Q.shape[0])), dtype=torch.float32)
     _launch(x2, [Q], [parts], None, 0.0, tile, splits, per_split)
     return parts
 
