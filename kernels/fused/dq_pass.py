@@ -28,7 +28,7 @@ from .common import (
     padded_rank,
     processors,
 )
-from .launch import launch
+from .launch import Plan, launch, planned
 from .project import each, members
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
 from .tiles import keep_tile
@@ -140,6 +140,33 @@ def dq_segments(end0: int, start1: int, end1: int, K: int, tile: Tile, device: W
     return Segments.of(end0, start1, end1, tile.BLOCK_M, 2 * processors(device) // cdiv(K, tile.BLOCK_K))
 
 
+@planned
+def _plan(
+    M: int,
+    K: int,
+    ranks: tuple[int, ...],
+    columns: tuple[int, ...],
+    stride: int,
+    rows_per_group: int,
+    segments: Segments,
+    keep: tuple[int, float],
+    factors: tuple[bool, bool],
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Plan:
+    constants = {
+        "MEMBERS": len(ranks),
+        "HAS_ALPHA": factors[0],
+        "HAS_WEIGHT": factors[1],
+        "DROPOUT": keep[0] != 0,
+        "PRECISION": dot_precision(dtype),
+        "BLOCK_R": block_rank(max(ranks)),
+        **tile.blocks("BLOCK_M", "BLOCK_K"),
+    }
+    numbers = (M, K, *each(ranks), *each(columns), stride, rows_per_group, *segments.numbers, *keep)
+    return Plan(_dq_pass_kernel, (cdiv(K, tile.BLOCK_K), segments.splits), numbers, constants)
+
+
 def launch_dq_pass(
     x2: Tensor,
     Gs: list[Tensor],
@@ -154,34 +181,20 @@ def launch_dq_pass(
     tile: Tile,
 ) -> None:
     """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first."""
-    M, K = x2.shape
-    threshold, keep_scale = keep_arguments(seed, dropout_p)
-    launch(
-        _dq_pass_kernel,
-        (cdiv(K, tile.BLOCK_K), segments.splits),
-        x2,
-        *each(Gs),
-        *each(parts),
-        alpha,
-        path_weight,
-        seed,
-        M,
-        K,
-        *each(ranks),
-        *each([G.shape[1] for G in Gs]),
+    plan = _plan(
+        x2.shape[0],
+        x2.shape[1],
+        tuple(ranks),
+        tuple([G.shape[1] for G in Gs]),
         x2.stride(0),
         rows_per_group,
-        *segments.numbers,
-        threshold,
-        keep_scale,
-        MEMBERS=len(Gs),
-        HAS_ALPHA=alpha is not None,
-        HAS_WEIGHT=path_weight is not None,
-        DROPOUT=threshold > 0,
-        PRECISION=dot_precision(x2.dtype),
-        BLOCK_R=block_rank(max(ranks)),
-        **tile.blocks("BLOCK_M", "BLOCK_K"),
+        segments,
+        keep_arguments(seed, dropout_p),
+        (alpha is not None, path_weight is not None),
+        x2.dtype,
+        tile,
     )
+    launch(plan, x2, *each(Gs), *each(parts), alpha, path_weight, seed)
 
 
 def traffic_dq_pass(

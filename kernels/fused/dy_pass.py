@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..traffic import Traffic
 from .common import NARROW, TYPE_NAMES, Specimen, Tile, Where, block_rank, cdiv, dot_precision, padded_rank, processors
-from .launch import launch
+from .launch import Plan, launch, planned
 from .segments import SEGMENT_ARGUMENTS, Segments, row_factors, split_rows
 from .sums import sum_of_parts
 from .tiles import coefficients, group_factor
@@ -113,6 +113,33 @@ def _dy_pass_kernel(
         tl.store(part_dp_ptr + split.to(tl.int64) * R * N + at_p, acc, mask=inside_p)
 
 
+@planned
+def _plan(
+    M: int,
+    N: int,
+    R: int,
+    columns: int,
+    stride: int,
+    rows_per_group: int,
+    segments: Segments,
+    scale: float,
+    flags: tuple[bool, bool, bool, bool],
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Plan:
+    constants = {
+        "WANT_DS": flags[0],
+        "WANT_DP": flags[1],
+        "HAS_ALPHA": flags[2],
+        "HAS_WEIGHT": flags[3],
+        "PRECISION": dot_precision(dtype),
+        "BLOCK_R": block_rank(R),
+        **tile.blocks("BLOCK_M", "BLOCK_N"),
+    }
+    numbers = (M, N, R, columns, stride, rows_per_group, *segments.numbers, scale)
+    return Plan(_dy_pass_kernel, (cdiv(N, tile.BLOCK_N), segments.splits), numbers, constants)
+
+
 def launch_dy_pass(
     dy2: Tensor,
     S: Tensor,
@@ -127,36 +154,20 @@ def launch_dy_pass(
     tile: Tile,
 ) -> None:
     """Fill the partial sums: ``part_ds`` (blocks of columns, M, padded rank) and ``part_dp`` (splits, r, N), float32, each if given."""
-    M, N = dy2.shape
-    R = P.shape[0]
-    launch(
-        _dy_pass_kernel,
-        (cdiv(N, tile.BLOCK_N), segments.splits),
-        dy2,
-        S,
-        P,
-        coef[0],
-        coef[1],
-        alpha,
-        path_weight,
-        part_ds,
-        part_dp,
-        M,
-        N,
-        R,
+    plan = _plan(
+        dy2.shape[0],
+        dy2.shape[1],
+        P.shape[0],
         S.shape[1],
         dy2.stride(0),
         rows_per_group,
-        *segments.numbers,
+        segments,
         coef[2],
-        WANT_DS=part_ds is not None,
-        WANT_DP=part_dp is not None,
-        HAS_ALPHA=alpha is not None,
-        HAS_WEIGHT=path_weight is not None,
-        PRECISION=dot_precision(dy2.dtype),
-        BLOCK_R=block_rank(R),
-        **tile.blocks("BLOCK_M", "BLOCK_N"),
+        (part_ds is not None, part_dp is not None, alpha is not None, path_weight is not None),
+        dy2.dtype,
+        tile,
     )
+    launch(plan, dy2, S, P, coef[0], coef[1], alpha, path_weight, part_ds, part_dp)
 
 
 @cache
@@ -259,6 +270,29 @@ def ds_tile(BLOCK_R: int, itemsize: int) -> Tile:
     return Tile(BLOCK_M=max(512 // BLOCK_R, 8), num_warps=2, num_stages=2)
 
 
+@planned
+def _sum_plan(
+    M: int,
+    columns: int,
+    R: int,
+    blocks: int,
+    ranges: tuple[int, int, int],
+    scale: float,
+    flags: tuple[bool, bool, bool],
+    itemsize: int,
+) -> Plan:
+    BLOCK_R = block_rank(R)
+    tile = ds_tile(BLOCK_R, itemsize)
+    constants = {
+        "WANT_DE": flags[0],
+        "HAS_ALPHA": flags[1],
+        "HAS_WEIGHT": flags[2],
+        "BLOCK_R": BLOCK_R,
+        **tile.blocks("BLOCK_M"),
+    }
+    return Plan(_ds_sum_kernel, (cdiv(M, tile.BLOCK_M),), (M, R, columns, blocks, *ranges, scale), constants)
+
+
 def launch_ds_sum(
     part_ds: Tensor,
     S: Tensor,
@@ -273,33 +307,10 @@ def launch_ds_sum(
     part_de: Tensor | None,
 ) -> None:
     """Fill G (M, padded rank) and, if given, ``part_de`` (1 or 2, blocks of rows, padded rank): training rows, then path rows."""
-    M, columns = S.shape
-    tile = ds_tile(block_rank(R), S.element_size())
-    launch(
-        _ds_sum_kernel,
-        (cdiv(M, tile.BLOCK_M),),
-        part_ds,
-        S,
-        coef[0],
-        coef[1],
-        alpha,
-        path_weight,
-        G,
-        part_de,
-        M,
-        R,
-        columns,
-        part_ds.shape[0],
-        rows_per_group,
-        train_end,
-        path_start,
-        coef[2],
-        WANT_DE=part_de is not None,
-        HAS_ALPHA=alpha is not None,
-        HAS_WEIGHT=path_weight is not None,
-        BLOCK_R=block_rank(R),
-        **tile.blocks("BLOCK_M"),
-    )
+    flags = (part_de is not None, alpha is not None, path_weight is not None)
+    ranges = (rows_per_group, train_end, path_start)
+    plan = _sum_plan(S.shape[0], S.shape[1], R, part_ds.shape[0], ranges, coef[2], flags, S.element_size())
+    launch(plan, part_ds, S, coef[0], coef[1], alpha, path_weight, G, part_de)
 
 
 def traffic_ds_sum(

@@ -6,7 +6,7 @@ Every program of a reduction walks one split and leaves a partial sum; the parti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,8 +14,7 @@ import triton.language as tl
 from .common import cdiv
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """Rows [0, end0) and [start1, end1), in ``splits0`` and ``splits1`` splits of ``per_split`` rows."""
 
     end0: int
