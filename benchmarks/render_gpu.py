@@ -1,4 +1,6 @@
-"""Writes the short GPU table of README.md from the newest record of the GPU suite, between markers; the whole is on the record's own page.
+"""Writes the GPU tables of README.md and kernels/README.md from the newest record of the GPU suite, between markers.
+
+The whole of a record is on the page beside it.
 
 python benchmarks/render_gpu.py
 """
@@ -13,7 +15,8 @@ from typing import Any
 from render import replace, table
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+README, KERNELS = HERE.parent / "README.md", HERE.parent / "kernels" / "README.md"
+LAYER = "8192x4096x4096 r32"
 MARKERS = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
 LAYERS = {
     "ours": "igulora",
@@ -93,9 +96,41 @@ def summary(file: Path | None) -> str:
     return "\n".join(part for part in (head, layers(record), steps(record)) if part)
 
 
+def launches(file: Path | None) -> str:
+    """The launches of one layer beside its base products."""
+    record = json.loads(file.read_text(encoding="utf-8")) if file is not None else {"parts": {}}
+    items = record["parts"].get("kernels", {}).get("items", {})
+    found, products = (items.get(f"{kind} {LAYER}", {}) for kind in ("layer", "products"))
+    alone = {way: products.get(f"{way} product alone") for way in ("forward", "backward")}
+    if "gemm_rank" not in found or None in alone.values():
+        return NOTHING
+    ms = {name: entry["ms"]["median"] for name, entry in found.items() if "ms" in entry}
+    base = {way: entry["ms"]["median"] for way, entry in alone.items()}
+    added = {
+        "forward": ms["project"] + ms["gemm_rank"] - base["forward"],
+        "backward": sum(ms[n] for n in ("dy_pass", "ds_sum", "dq_pass", "sum_partials", "gemm_rank 2"))
+        - base["backward"],
+    }
+    rows = [
+        [f"`{name}`", f"{1e3 * ms[name]:.1f}", f"{entry['bytes'] / 1e6:.1f}", f"{entry['bytes'] / ms[name] / 1e6:.0f}"]
+        for name, entry in found.items()
+        if name in ms
+    ]
+    rows += [[f"the library's {way} product alone", f"{1e3 * value:.1f}", "–", "–"] for way, value in base.items()]
+    copy = record["parts"]["floors"]["items"]["copy"]["bytes_per_s"] / 1e9
+    place, date = record["environment"]["machine"]["name"], record["environment"]["date"]
+    share = {way: f"{100 * added[way] / base[way]:.0f}%" for way in added}
+    head = (
+        f"Measured: {place}, {date}, rows × out × in {LAYER}, bfloat16, each launch alone and with a cold L2 cache (a copy moves "
+        f"{copy:.0f} GB/s). Over the products alone the forward takes {share['forward']} more, the backward {share['backward']}.\n"
+    )
+    return f"{head}\n{table(['launch', 'µs', 'must move, MB', 'GB/s'], rows)}"
+
+
 def main() -> int:
-    """Rewrite the table."""
+    """Rewrite the tables."""
     replace(README, summary(newest()), MARKERS)
+    replace(KERNELS, launches(newest()), MARKERS)
     return 0
 
 
