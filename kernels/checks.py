@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def check_rows(
     return train_groups, path_start
 
 
-def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """x and the base product's other operands in autocast's dtype, where autocast is on."""
     if not autocasts(x.device.type):
         return (x, *others)

@@ -319,7 +319,7 @@ def svd_linear(
         ValueError: shapes do not fit, a number is out of range, operands lie on several devices, or x's first dimension is not the
             sequences of alpha.
     """
-    x, weight, bias = under_autocast(x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = under_autocast(x, weight, bias)
     check_input(x, weight.shape[1], group_count(alpha, path_weight))
     check_same_dtype(x, {"weight": weight, "bias": bias})
     check_masters(weight.shape[0], weight.shape[1], P, E, Q, mask)

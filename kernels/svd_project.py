@@ -180,7 +180,7 @@ def svd_project(
     """
     if not Qs:
         raise ValueError("expected at least one Q, got none")
-    (x,) = under_autocast(x)  # type: ignore[assignment]
+    (x,) = under_autocast(x)
     check_input(x, Qs[0].shape[-1], group_count(alpha, path_weight))
     for i, Q in enumerate(Qs):
         if Q.ndim != 2 or Q.shape[1] != x.shape[-1]:
