@@ -20,7 +20,7 @@ def _items(record: dict[str, Any], part: str) -> Items:
 
 
 def _ms(value: dict[str, float]) -> str:
-    return f"{value['median']:.3f} [{value['q1']:.3f}–{value['q3']:.3f}]"
+    return f"{value['median']:.3f} [{value['q1']:.3f}–{value['q3']:.3f}]" if value else "–"
 
 
 def _ratio(value: dict[str, float] | None) -> str:
@@ -179,9 +179,9 @@ def layers_table(record: dict[str, Any]) -> str:
 
 
 def steps_table(record: dict[str, Any]) -> str:
-    """Whole training steps, eager and captured."""
+    """Whole training steps: eager, captured, compiled."""
     items = _items(record, "steps")
-    build, eager, graphs = (items.get(name, {}) for name in ("methods", "eager", "graphs"))
+    build, eager, graphs, compiled = (items.get(name, {}) for name in ("methods", "eager", "graphs", "compiled"))
     if "methods" not in build:
         return "\n".join(f"- {name}: {_reason(item)}" for name, item in items.items()) + "\n"
     model, case = build["model"], build["case"]
@@ -197,7 +197,6 @@ def steps_table(record: dict[str, Any]) -> str:
             missing.append(f"- {name}: {_reason(method if 'title' not in method else eager)}")
             continue
         ratios, memory = eager["ratios"], method.get("memory", {})
-        captured = graphs.get("step", {}).get(name)
         rows.append(
             [
                 method["title"],
@@ -205,8 +204,14 @@ def steps_table(record: dict[str, Any]) -> str:
                 *(_ratio(ratios.get(f"{name}/{other}")) for other in ("floor", "peft-lora", "peft-adalora")),
                 f"{memory['peak'] / 2**20:.0f}" if memory else "–",
                 f"{memory['held'] / 2**20:.0f}" if memory else "–",
-                _ms({key: 1e3 * value for key, value in captured.items()}) if captured else "–",
-                _ratio(graphs.get("ratios", {}).get(f"{name}/floor")),
+            ]
+            + [
+                text
+                for item in (graphs, compiled)
+                for text in (
+                    _ms({key: 1e3 * value for key, value in item.get("step", {}).get(name, {}).items()}),
+                    *(_ratio(item.get("ratios", {}).get(f"{name}/{other}")) for other in ("floor", "peft-lora")),
+                )
             ]
         )
     header = [
@@ -217,11 +222,17 @@ def steps_table(record: dict[str, Any]) -> str:
         "over PEFT AdaLoRA",
         "peak, MiB",
         "held, MiB",
-        "CUDA graph, ms",
-        "over floor's graph",
+        "as a CUDA graph, ms",
+        "over floor",
+        "over PEFT LoRA",
+        "compiled, ms",
+        "over floor",
+        "over PEFT LoRA",
     ]
     parts += [table(header, rows), *missing]
-    parts += [f"- as a CUDA graph, {name}: {_reason(method)}" for name, method in graphs.get("methods", {}).items()]
+    for how, item in (("as a CUDA graph", graphs), ("compiled", compiled)):
+        known = item.get("methods", {}).items()
+        parts += [f"- {how}, {name}: {_reason(m)}" for name, m in known if m.keys() & {"error", "cut", "skipped"}]
     parts += [f"- {name}: {_reason(item)}" for name, item in items.items() if "error" in item or "cut" in item]
     return "\n".join(parts) + "\n"
 

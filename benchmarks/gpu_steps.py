@@ -3,7 +3,7 @@
 The methods are those of ``baselines.py``, on one randomly initialised Llama whose frozen weights they share. A time is that of a block of
 steps as long as a scoring window, from a device at rest to a device at rest, divided by its steps: all kinds of step that an estimator
 has take part by their share, and the host runs ahead of the device as it does in training. Afterwards the steps of those that can be
-captured are replayed as CUDA graphs, which leaves the device's work alone.
+captured are replayed as CUDA graphs, which leaves the device's work alone, and taken with compiled models, which is nearly that.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ class Replay:
 
     def __call__(self) -> None:
         self._graph.replay()
+
+
+_COMPILING = 45  # seconds that a model takes to compile
 
 
 class SmallWindow(Igulora):
@@ -207,6 +210,7 @@ class Steps:
             self.clock.synchronize()
             start = time.perf_counter()
             for _ in range(steps):
+                torch.compiler.cudagraph_mark_step_begin()
                 loss = method.step(self.batch)
             self.clock.synchronize()
             elapsed = time.perf_counter() - start
@@ -239,6 +243,42 @@ class Steps:
             "step": {name: quartiles(series) for name, series in times.items()},
             "ratios": paired_ratios(times),
         }
+
+    # -- torch.compile ------------------------------------------------------------------------------------------------
+
+    def compiled(self, deadline: Deadline) -> dict[str, Any]:
+        """Steps whose model runs under torch.compile with CUDA graphs of its passes, which leave little to the host."""
+        if not self.clock.cuda:
+            return {"skipped": "needs a CUDA device"}
+        result: dict[str, Any] = {}
+        running: dict[str, Method] = {}
+        eager = {name: method.model for name, method in self.methods.items()}
+        try:
+            for name in [name for name in ("floor", "instantaneous", "peft-lora") if name in self.methods]:
+                if deadline.left < _COMPILING:
+                    result[name] = {"cut": "the part's time was over"}
+                    continue
+                method = self.methods[name]
+                method.model = torch.compile(method.model, mode="reduce-overhead", dynamic=False)
+                start = time.perf_counter()
+                try:
+                    self._block(method, 4)  # compiles, warms up, records
+                    running[name] = method
+                    result[name] = {"compiling_s": round(time.perf_counter() - start, 1)}
+                except Exception:
+                    result[name] = {"error": traceback.format_exc()}
+                    self.clock.synchronize()
+            times: Times = {name: [] for name in running}
+            while running and (len(next(iter(times.values()))) < 3 or deadline.left > 10):
+                for name, method in running.items():
+                    times[name].append(self._block(method, 8))
+                if len(times[name]) == 12:
+                    break
+        finally:
+            for name, model in eager.items():
+                self.methods[name].model = model
+        step = {name: quartiles(series) for name, series in times.items()}
+        return {"methods": result, "step": step, "ratios": paired_ratios(times)}
 
     # -- CUDA graphs --------------------------------------------------------------------------------------------------
 
@@ -344,8 +384,9 @@ def _ours(method: Method, batch: Batch) -> Callable[[], object]:
 
 
 def items(setting: Setting) -> Iterator[tuple[str, Callable[[Deadline], dict[str, Any]]]]:
-    """Building and memory, eager steps, captured steps."""
+    """Building and memory; eager, captured and compiled steps."""
     steps = Steps(setting)
     yield "methods", steps.build
     yield "eager", steps.eager
     yield "graphs", steps.graphs
+    yield "compiled", steps.compiled

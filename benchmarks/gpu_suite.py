@@ -33,12 +33,12 @@ RESULTS = HERE / "results" / "gpu"
 FORMAT = 1
 # Module of each part and its share of the time; what a part does not use goes to those behind it.
 PARTS = {
-    "floors": ("gpu_machine", 0.05),
-    "tests": ("gpu_tests", 0.25),
-    "compile": ("gpu_compile", 0.11),
-    "kernels": ("gpu_kernels", 0.14),
-    "layers": ("gpu_layers", 0.25),
-    "steps": ("gpu_steps", 0.20),
+    "floors": ("gpu_machine", 0.02),
+    "tests": ("gpu_tests", 0.29),
+    "compile": ("gpu_compile", 0.07),
+    "kernels": ("gpu_kernels", 0.09),
+    "layers": ("gpu_layers", 0.22),
+    "steps": ("gpu_steps", 0.31),
 }
 _KILL_AFTER = 15  # seconds behind its deadline that a part may take for the item under way
 _RESTARTS = 3  # of a part whose process was lost

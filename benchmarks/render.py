@@ -68,7 +68,7 @@ def setting(record: dict[str, Any]) -> str:
         f"{record['threads']} threads, Python {place['python']}, torch {versions['torch']}, PEFT {versions['peft']}, "
         f"commit {versions['commit']}. Medians [quartiles] of {record['results'][0]['rounds']} paired ratios, methods "
         "interleaved in one process; PEFT with its defaults, fused AdamW for all. Floor: forward and input gradient "
-        "of the frozen model. No GPU time has been measured.\n"
+        "of the frozen model.\n"
     )
 
 
@@ -179,17 +179,18 @@ def probes_table(root: Path) -> str:
     return f"{head}\n{table(['what', 'ratio', 'compared with, ms'], rows)}"
 
 
-def replace(file: Path, text: str) -> None:
+def replace(file: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Put ``text`` between the markers of ``file``.
 
     Raises:
         ValueError: the file lacks a marker.
     """
     old = file.read_text(encoding="utf-8")
-    if BEGIN not in old or END not in old:
-        raise ValueError(f"expected the markers {BEGIN} and {END} in {file}; put them where the table belongs")
-    before, _, rest = old.partition(BEGIN)
-    file.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    begin, end = markers
+    if begin not in old or end not in old:
+        raise ValueError(f"expected the markers {begin} and {end} in {file}; put them where the table belongs")
+    before, _, rest = old.partition(begin)
+    file.write_text(f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -161,7 +161,7 @@ class FusedSVDLinear(nn.Module):
         training = self.training and torch.is_grad_enabled()
         if training and self.slot == 0 and context.train_groups != 0:
             context.check_stepped()
-        S, seed = (None, None) if self.shared is None else self.shared.take(self, x)
+        cast, S, seed = (x, None, None) if self.shared is None else self.shared.take(self, x)
         if S is None:
             seed = self.dropout_seed(x)
         path = None if context.path_start is None else context.accumulators[self.slot]
@@ -184,9 +184,9 @@ class FusedSVDLinear(nn.Module):
             "path": path,
         }
         if self.base_runs_itself:
-            return svd_update(self.base_layer(x), x, *factors, self.mask, context.alpha, **options)
+            return svd_update(self.base_layer(x), cast, *factors, self.mask, context.alpha, **options)
         base = self.base_layer
-        return svd_linear(x, base.weight, base.bias, *factors, self.mask, context.alpha, **options)
+        return svd_linear(cast, base.weight, base.bias, *factors, self.mask, context.alpha, **options)
 
     def delta_weight(self) -> Tensor:
         """``s * sum_i m_i lambda_i p_i q_i^T``, (out, in), in the masters' dtype."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels import svd_project
+from .kernels.checks import under_autocast
 
 if TYPE_CHECKING:
     from .layers import FusedSVDLinear
@@ -35,6 +36,7 @@ class SharedInput:
     def __init__(self, layers: list[FusedSVDLinear]) -> None:
         self.layers = layers
         self._x: Tensor | None = None
+        self._cast: Tensor | None = None  # in autocast's dtype: one copy for all members
         self._version = 0  # raised by every change in place
         self._seed: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
@@ -44,16 +46,16 @@ class SharedInput:
         for layer in layers:
             layer.shared = self
 
-    def take(self, layer: FusedSVDLinear, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(S, dropout seed) of a layer for x; (None, None) when it is to compute them itself."""
+    def take(self, layer: FusedSVDLinear, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(x in autocast's dtype, S, dropout seed) of a layer for x; (x, None, None) when it is to compute them itself."""
         watching = not torch.compiler.is_compiling()  # what a compiled graph was traced with stays
         if layer.training is not self.layers[0].training or all(member is not layer for member in self.layers):
-            return None, None  # a mode of its own, or a replica of a member
+            return x, None, None  # a mode of its own, or a replica of a member
         version = x._version if watching and not x.is_inference() else 0
         if self._x is not x or self._version != version or layer.slot not in self._ready:
             if watching and self._opens(layer):
                 if self._part():
-                    return (None, None) if layer.shared is None else layer.shared.take(layer, x)
+                    return (x, None, None) if layer.shared is None else layer.shared.take(layer, x)
                 self._opener, self._rounds = layer.slot, []
             self._start(x)
             self._version = version
@@ -61,10 +63,11 @@ class SharedInput:
                 self._rounds.append([])
         if watching and self._rounds:
             self._rounds[-1].append(layer.slot)
-        S, seed = self._ready.pop(layer.slot), self._seed
+        cast, S, seed = self._cast, self._ready.pop(layer.slot), self._seed
+        assert cast is not None
         if not self._ready:
-            self._x = self._seed = None
-        return S, seed
+            self._x = self._cast = self._seed = None
+        return cast, S, seed
 
     def _opens(self, layer: FusedSVDLinear) -> bool:
         return self._opener is None or self._opener == layer.slot
@@ -83,7 +86,7 @@ class SharedInput:
         for layer in self.layers:
             parts.setdefault(first.get(layer.slot, 0), []).append(layer)
             layer.shared = None
-        self._x, self._seed, self._ready = None, None, {}
+        self._x, self._cast, self._seed, self._ready = None, None, None, {}
         for part in parts.values():
             if len(part) > 1:
                 SharedInput(part)
@@ -98,8 +101,9 @@ class SharedInput:
         if context.train_groups == 0:  # a pure path pass: no parameter in the graph, yet a backward
             Qs = [Q.detach().requires_grad_(torch.is_grad_enabled()) for Q in Qs]
         sampled = context.path_start is not None
+        (cast,) = under_autocast(x)
         S = svd_project(
-            x,
+            cast,
             Qs,
             context.alpha,
             dropout_p=first.dropout,
@@ -109,7 +113,7 @@ class SharedInput:
             path_weight=context.path_weight,
             path_Qs=[context.accumulators[layer.slot][2] for layer in layers] if sampled else None,
         )
-        self._x = x
+        self._x, self._cast = x, cast
         self._ready = {layer.slot: part for layer, part in zip(layers, S, strict=True)}
 
 

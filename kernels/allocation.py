@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import on_device, runs_fused
+from .backend import as_given, runs_fused
 
 
 def _reference(
@@ -58,7 +58,7 @@ def _dispatch(scores, budget, layer, eligible, costs, min_rank):
         return _reference(scores, budget, layer, eligible, costs, min_rank)
     from .fused.allocation import launch_allocation  # Triton takes half a second to import
 
-    with on_device(scores):
+    with as_given(scores):
         return launch_allocation(scores, budget, layer, eligible, costs, min_rank)
 
 

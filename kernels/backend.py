@@ -11,7 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -22,6 +22,7 @@ MAX_RANK = 256
 _MIN_CAPABILITY = (8, 0)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _forced: list[str | None] = []  # innermost use_backend last
+_AS_IT_IS = nullcontext()
 
 
 class ReferenceWarning(UserWarning):
@@ -52,22 +53,25 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.pop()
 
 
-def on_device(like: Tensor) -> AbstractContextManager[object]:
-    """Makes the tensors' device the current one, which is where Triton launches."""
-    if like.device.type != "cuda" or like.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(like.device)
-
-
-def autocasts(like: Tensor) -> bool:
-    """Whether autocast is on where the tensor lies."""
-    kind = like.device.type
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a type of device."""
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def as_given(like: Tensor) -> AbstractContextManager[object]:
-    """Autocast off: operands arrive in the dtype they are to be computed in."""
-    return torch.autocast(like.device.type, enabled=False) if autocasts(like) else nullcontext()
+    """What an operator runs in: the operands' device is the current one, where Triton launches, and their dtype that of the computation."""
+    device = like.device
+    kind = device.type
+    elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
+    casts = autocasts(kind)
+    if not elsewhere and not casts:
+        return _AS_IT_IS
+    stack = ExitStack()
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))
+    if casts:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def unwatched(like: Tensor) -> bool:
@@ -85,8 +89,9 @@ def unwatched(like: Tensor) -> bool:
     )
 
 
+@cache
 def interpreting() -> bool:
-    """Whether Triton interprets kernels instead of compiling them."""
+    """Whether Triton interprets kernels instead of compiling them, which it decides when they are imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 

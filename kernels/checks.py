@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,10 @@ def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
 def check_masters(out_features: int, in_features: int, P: Tensor, E: Tensor, Q: Tensor, mask: Tensor) -> None:
     """P, E, Q and mask are those of one rank for an (out, in) layer."""
     r = P.shape[0]
-    wanted = {"P": (r, out_features), "E": (r,), "Q": (r, in_features), "mask": (r,)}
+    vector = (r,)
+    if (P.shape, E.shape, Q.shape, mask.shape) == ((r, out_features), vector, (r, in_features), vector):
+        return
+    wanted = {"P": (r, out_features), "E": vector, "Q": (r, in_features), "mask": vector}
     for name, tensor in (("P", P), ("E", E), ("Q", Q), ("mask", mask)):
         if tuple(tensor.shape) != wanted[name]:
             raise ValueError(
@@ -53,8 +58,9 @@ def check_masters(out_features: int, in_features: int, P: Tensor, E: Tensor, Q: 
 
 def check_device(x: Tensor, others: dict[str, Tensor | None]) -> None:
     """Every operand lies where x does."""
+    device = x.device
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
                 f"expected every operand on {x.device} like x, got {name} on {tensor.device}; move the model as a whole"
             )
@@ -88,9 +94,9 @@ def check_rows(
     return train_groups, path_start
 
 
-def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def under_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """x and the base product's other operands in autocast's dtype, where autocast is on."""
-    if not autocasts(x):
+    if not autocasts(x.device.type):
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))

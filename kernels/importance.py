@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .backend import on_device, runs_fused
+from .backend import as_given, runs_fused
 
 COMBINES = ("snr", "snr-release", "product", "mean")
 # Elements per chunk on CPU: five float32 streams of a chunk stay in the last-level cache of one core.
@@ -120,7 +120,7 @@ def _dispatch(weight, path, mean, deviation, regions, beta1, beta2, eps, combine
 
     if table is None:
         table = row_table(regions, slots).to(weight.device)
-    with on_device(weight):
+    with as_given(weight):
         return launch_importance(weight, path, mean, deviation, regions, beta1, beta2, eps, combine, absolute, table)
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .backend import MAX_RANK, as_given, on_device, runs_fused
+from .backend import MAX_RANK, as_given, runs_fused
 from .fused.common import block_rank, cdiv, padded_rank
 
 # Columns of a matrix that one program takes per tile of its rows: enough programs for small models, few partial sums for large ones.
@@ -125,7 +125,7 @@ def _dispatch(weight, grad, groups, gamma, offdiagonal, table=None):
 
     if table is None:
         table = work_table(groups).to(weight.device)
-    with on_device(weight):
+    with as_given(weight):
         return launch_orthogonality(weight, grad, groups, gamma, offdiagonal, table)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import as_given, on_device, runs_fused, unwatched
+from .backend import as_given, runs_fused, unwatched
 from .checks import (
     Path,
     check_device,
@@ -203,7 +203,7 @@ def _fake_bwd(
 
 def _dispatch_fwd(x, weight, bias, P, E, Q, mask, alpha, S, *rest):
     operands = (x, weight, bias, P, E, Q, mask, alpha, S)
-    with on_device(x), as_given(x):
+    with as_given(x):
         if not runs_fused(x, P.shape[0]):
             return _reference_fwd(*operands, *rest)
         from .fused import svd_linear as fused  # Triton takes half a second to import, and is absent on some platforms
@@ -213,7 +213,7 @@ def _dispatch_fwd(x, weight, bias, P, E, Q, mask, alpha, S, *rest):
 
 
 def _dispatch_bwd(dy, S, x, weight, P, *rest):
-    with on_device(x), as_given(x):
+    with as_given(x):
         if not runs_fused(x, P.shape[0]):
             return _reference_bwd(dy, S, x, weight, P, *rest)
         from .fused import svd_linear as fused
@@ -319,7 +319,7 @@ def svd_linear(
         ValueError: shapes do not fit, a number is out of range, operands lie on several devices, or x's first dimension is not the
             sequences of alpha.
     """
-    x, weight, bias = under_autocast(x, weight, bias)  # type: ignore[assignment]
+    x, weight, bias = under_autocast(x, weight, bias)
     check_input(x, weight.shape[1], group_count(alpha, path_weight))
     check_same_dtype(x, {"weight": weight, "bias": bias})
     check_masters(weight.shape[0], weight.shape[1], P, E, Q, mask)

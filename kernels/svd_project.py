@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import as_given, on_device, runs_fused, unwatched
+from .backend import as_given, runs_fused, unwatched
 from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
 from .rows import empty_results, group_count, keep_factor, q_gradient, rank_buffer, rows_first
 
@@ -87,7 +87,7 @@ def _fake_bwd(Gs, x, Qs, alpha, path_weight, path_Qs, seed, dropout_p, train_gro
 
 
 def _dispatch_fwd(x, Qs, seed, dropout_p, *rest):
-    with on_device(x), as_given(x):
+    with as_given(x):
         if not runs_fused(x, _widest(Qs)):
             return _reference_fwd(x, Qs, seed, dropout_p, *rest)
         from .fused import svd_linear as fused
@@ -96,7 +96,7 @@ def _dispatch_fwd(x, Qs, seed, dropout_p, *rest):
 
 
 def _dispatch_bwd(Gs, x, Qs, *rest):
-    with on_device(x), as_given(x):
+    with as_given(x):
         if not runs_fused(x, _widest(Qs)):
             return _reference_bwd(Gs, x, Qs, *rest)
         from .fused import svd_linear as fused
@@ -180,7 +180,7 @@ def svd_project(
     """
     if not Qs:
         raise ValueError("expected at least one Q, got none")
-    (x,) = under_autocast(x)  # type: ignore[assignment]
+    (x,) = under_autocast(x)
     check_input(x, Qs[0].shape[-1], group_count(alpha, path_weight))
     for i, Q in enumerate(Qs):
         if Q.ndim != 2 or Q.shape[1] != x.shape[-1]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import as_given, on_device, runs_fused
+from .backend import as_given, runs_fused
 from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
 from .rows import group_count, rank_buffer, rank_factors, rows_first
 from .svd_linear import _svd_linear_bwd
@@ -39,7 +39,7 @@ def _reference(
 
 
 def _run(y: Tensor, x: Tensor, P: Tensor, *rest: Any) -> Tensor:
-    with on_device(x), as_given(x):
+    with as_given(x):
         if not runs_fused(x, P.shape[0]):
             return _reference(y, x, P, *rest)
         from .fused import svd_linear as fused

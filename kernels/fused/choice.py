@@ -119,15 +119,27 @@ def candidates(problem: Problem, family: str) -> list[Product]:
 def choose(
     A: Tensor, weight: Tensor, F: Tensor, *, transposed: bool, temporary: bool = False, dropout: bool = False
 ) -> Product:
-    """The form for ``A W^T`` (transposed) or ``A W`` plus a rank term with F (r, N); see :class:`Problem` for the rest."""
+    """The form for ``A W^T`` (transposed) or ``A W`` plus a rank term with F (r, N); see :class:`Problem` for the rest.
+
+    Raises:
+        ValueError: the form that was forced cannot compute this product.
+    """
     if _forced:
-        return _forced[-1]
+        forced = _forced[-1]
+        if forced.form == "descriptors" and not gemm.fits_descriptors(A, weight):
+            raise ValueError(
+                "expected 16-byte aligned storage and rows of multiples of 16 bytes, which the form 'descriptors' needs, got strides "
+                f"{A.stride()} and {weight.stride()} of {A.dtype}; ask for another form"
+            )
+        if forced.form == "augmented" and dropout:
+            raise ValueError("expected no dropout with the form 'augmented', got some; ask for another form")
+        return forced
     (M, K), (R, N) = A.shape, F.shape
     problem = Problem(transposed, A.dtype, bucket(M), N, K, block_rank(R), temporary, dropout)
     product = _chosen.get((A.device, problem))
     if product is None:
         product = _decide(A.device, problem, M, R)
-    if product.form == "descriptors" and not gemm.fits_descriptors(family(A.device), A, weight):
+    if product.form == "descriptors" and not gemm.fits_descriptors(A, weight):
         return LIBRARY  # measured on aligned operands; these are not
     return product
 

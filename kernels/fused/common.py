@@ -135,7 +135,8 @@ def drops(seed: torch.Tensor | None, dropout_p: float) -> bool:
 
 
 def keep_arguments(seed: torch.Tensor | None, dropout_p: float) -> tuple[int, float]:
-    """(threshold, scale) of dropout as kernels take them; a threshold of 0 means none."""
+    """(threshold, scale) of dropout as kernels take them; a threshold of 0 means none. Its 32 bits come as those of a signed number."""
     if not drops(seed, dropout_p):
         return 0, 1.0
-    return int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p)
+    threshold = int(dropout_p * 2**32)
+    return threshold - 2**32 if threshold >= 2**31 else threshold, 1.0 / (1.0 - dropout_p)

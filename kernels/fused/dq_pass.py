@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,9 +30,9 @@ from .common import (
     padded_rank,
     processors,
 )
-from .launch import launch
+from .launch import Plan, launch, planned
 from .project import each, members
-from .segments import FACTOR_ARGUMENTS, SEGMENT_ARGUMENTS, Segments, factor_arguments, row_factors, split_rows
+from .segments import FACTOR_ARGUMENTS, SEGMENT_ARGUMENTS, Segments, factor_pointers, row_factors, split_rows
 from .tiles import keep_tile
 
 
@@ -83,8 +84,6 @@ def _dq_pass_kernel(
     part2_ptr,
     alpha_ptr,
     weight_ptr,
-    has_alpha,
-    has_weight,
     seed_ptr,
     M,
     K,
@@ -96,6 +95,8 @@ def _dq_pass_kernel(
     G2_COLS,
     stride_xm,
     rows_per_group,
+    has_alpha,
+    has_weight,
     end0,
     start1,
     end1,
@@ -147,6 +148,33 @@ def dq_segments(end0: int, start1: int, end1: int, K: int, tile: Tile, device: W
     return Segments.of(end0, start1, end1, tile.BLOCK_M, 2 * processors(device) // cdiv(K, tile.BLOCK_K))
 
 
+@planned
+def _plan(
+    M: int,
+    K: int,
+    ranks: tuple[int, ...],
+    columns: tuple[int, ...],
+    stride: int,
+    rows_per_group: int,
+    segments: Segments,
+    keep: tuple[int, float],
+    factors: tuple[bool, bool],
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Plan:
+    constants = {
+        "MEMBERS": len(ranks),
+        # With dropout G is taken to be scaled, be it by 1: a kernel fewer for what is lost beside drawing the words.
+        "SCALED": any(factors) or keep[0] != 0,
+        "DROPOUT": keep[0] != 0,
+        "PRECISION": dot_precision(dtype),
+        "BLOCK_R": block_rank(max(ranks)),
+        **tile.blocks("BLOCK_M", "BLOCK_K"),
+    }
+    numbers = (M, K, *each(ranks), *each(columns), stride, rows_per_group, *map(int, factors), *segments.numbers, *keep)
+    return Plan(_dq_pass_kernel, (cdiv(K, tile.BLOCK_K), segments.splits), numbers, constants)
+
+
 def launch_dq_pass(
     x2: Tensor,
     Gs: list[Tensor],
@@ -160,37 +188,23 @@ def launch_dq_pass(
     segments: Segments,
     tile: Tile,
 ) -> None:
-    """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first.
-
-    With dropout G is taken to be scaled, be it by 1: one kernel less for a multiplication that is lost beside the words' drawing.
-    """
-    M, K = x2.shape
-    threshold, keep_scale = keep_arguments(seed, dropout_p)
-    scaled = alpha is not None or path_weight is not None or threshold > 0
-    launch(
-        _dq_pass_kernel,
-        (cdiv(K, tile.BLOCK_K), segments.splits),
-        x2,
-        *each(Gs),
-        *each(parts),
-        *factor_arguments(scaled, alpha, path_weight, parts[0]),
-        seed,
-        M,
-        K,
-        *each(ranks),
-        *each([G.shape[1] for G in Gs]),
+    """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first."""
+    keep, factors = keep_arguments(seed, dropout_p), (alpha is not None, path_weight is not None)
+    plan = _plan(
+        x2.shape[0],
+        x2.shape[1],
+        tuple(ranks),
+        tuple([G.shape[1] for G in Gs]),
         x2.stride(0),
         rows_per_group,
-        *segments.numbers,
-        threshold,
-        keep_scale,
-        MEMBERS=len(Gs),
-        SCALED=scaled,
-        DROPOUT=threshold > 0,
-        PRECISION=dot_precision(x2.dtype),
-        BLOCK_R=block_rank(max(ranks)),
-        **tile.blocks("BLOCK_M", "BLOCK_K"),
+        segments,
+        keep,
+        factors,
+        x2.dtype,
+        tile,
     )
+    pointers = factor_pointers(plan.constants["SCALED"], alpha, path_weight, parts[0])
+    launch(plan, x2, *each(Gs), *each(parts), *pointers, seed)
 
 
 def traffic_dq_pass(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,8 +32,8 @@ from .common import (
     padded_rank,
     processors,
 )
-from .launch import launch
-from .segments import FACTOR_ARGUMENTS, SEGMENT_ARGUMENTS, Segments, factor_arguments, row_factors, split_rows
+from .launch import Plan, launch, planned
+from .segments import FACTOR_ARGUMENTS, SEGMENT_ARGUMENTS, Segments, factor_pointers, row_factors, split_rows
 from .sums import sum_of_parts
 from .tiles import coefficients, group_factor
 
@@ -71,8 +72,6 @@ def _dy_pass_kernel(
     mask_ptr,
     alpha_ptr,
     weight_ptr,
-    has_alpha,
-    has_weight,
     part_ds_ptr,
     part_dp_ptr,
     M,
@@ -81,6 +80,8 @@ def _dy_pass_kernel(
     S_COLS,
     stride_dym,
     rows_per_group,
+    has_alpha,
+    has_weight,
     end0,
     start1,
     end1,
@@ -125,6 +126,33 @@ def _dy_pass_kernel(
         tl.store(part_dp_ptr + split.to(tl.int64) * R * N + at_p, acc, mask=inside_p)
 
 
+@planned
+def _plan(
+    M: int,
+    N: int,
+    R: int,
+    columns: int,
+    stride: int,
+    rows_per_group: int,
+    segments: Segments,
+    scale: float,
+    wanted: tuple[bool, bool],
+    factors: tuple[bool, bool],
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Plan:
+    constants = {
+        "WANT_DS": wanted[0],
+        "WANT_DP": wanted[1],
+        "SCALED": any(factors),
+        "PRECISION": dot_precision(dtype),
+        "BLOCK_R": block_rank(R),
+        **tile.blocks("BLOCK_M", "BLOCK_N"),
+    }
+    numbers = (M, N, R, columns, stride, rows_per_group, *map(int, factors), *segments.numbers, scale)
+    return Plan(_dy_pass_kernel, (cdiv(N, tile.BLOCK_N), segments.splits), numbers, constants)
+
+
 def launch_dy_pass(
     dy2: Tensor,
     S: Tensor,
@@ -139,35 +167,24 @@ def launch_dy_pass(
     tile: Tile,
 ) -> None:
     """Fill the partial sums: ``part_ds`` (blocks of columns, M, padded rank) and ``part_dp`` (splits, r, N), float32, each if given."""
-    M, N = dy2.shape
-    R = P.shape[0]
-    scaled = part_dp is not None and (alpha is not None or path_weight is not None)
-    launch(
-        _dy_pass_kernel,
-        (cdiv(N, tile.BLOCK_N), segments.splits),
-        dy2,
-        S,
-        P,
-        coef[0],
-        coef[1],
-        *factor_arguments(scaled, alpha, path_weight, coef[0]),
-        part_ds,
-        part_dp,
-        M,
-        N,
-        R,
+    wanted = (part_ds is not None, part_dp is not None)
+    factors = (wanted[1] and alpha is not None, wanted[1] and path_weight is not None)  # they are for dP
+    plan = _plan(
+        dy2.shape[0],
+        dy2.shape[1],
+        P.shape[0],
         S.shape[1],
         dy2.stride(0),
         rows_per_group,
-        *segments.numbers,
+        segments,
         coef[2],
-        WANT_DS=part_ds is not None,
-        WANT_DP=part_dp is not None,
-        SCALED=scaled,
-        PRECISION=dot_precision(dy2.dtype),
-        BLOCK_R=block_rank(R),
-        **tile.blocks("BLOCK_M", "BLOCK_N"),
+        wanted,
+        factors,
+        dy2.dtype,
+        tile,
     )
+    pointers = factor_pointers(any(factors), alpha, path_weight, coef[0])
+    launch(plan, dy2, S, P, coef[0], coef[1], *pointers, part_ds, part_dp)
 
 
 @cache
@@ -270,6 +287,29 @@ def ds_tile(BLOCK_R: int, itemsize: int) -> Tile:
     return Tile(BLOCK_M=max(512 // BLOCK_R, 8), num_warps=2, num_stages=2)
 
 
+@planned
+def _sum_plan(
+    M: int,
+    columns: int,
+    R: int,
+    blocks: int,
+    ranges: tuple[int, int, int],
+    scale: float,
+    flags: tuple[bool, bool, bool],
+    itemsize: int,
+) -> Plan:
+    BLOCK_R = block_rank(R)
+    tile = ds_tile(BLOCK_R, itemsize)
+    constants = {
+        "WANT_DE": flags[0],
+        "HAS_ALPHA": flags[1],
+        "HAS_WEIGHT": flags[2],
+        "BLOCK_R": BLOCK_R,
+        **tile.blocks("BLOCK_M"),
+    }
+    return Plan(_ds_sum_kernel, (cdiv(M, tile.BLOCK_M),), (M, R, columns, blocks, *ranges, scale), constants)
+
+
 def launch_ds_sum(
     part_ds: Tensor,
     S: Tensor,
@@ -284,33 +324,10 @@ def launch_ds_sum(
     part_de: Tensor | None,
 ) -> None:
     """Fill G (M, padded rank) and, if given, ``part_de`` (1 or 2, blocks of rows, padded rank): training rows, then path rows."""
-    M, columns = S.shape
-    tile = ds_tile(block_rank(R), S.element_size())
-    launch(
-        _ds_sum_kernel,
-        (cdiv(M, tile.BLOCK_M),),
-        part_ds,
-        S,
-        coef[0],
-        coef[1],
-        alpha,
-        path_weight,
-        G,
-        part_de,
-        M,
-        R,
-        columns,
-        part_ds.shape[0],
-        rows_per_group,
-        train_end,
-        path_start,
-        coef[2],
-        WANT_DE=part_de is not None,
-        HAS_ALPHA=alpha is not None,
-        HAS_WEIGHT=path_weight is not None,
-        BLOCK_R=block_rank(R),
-        **tile.blocks("BLOCK_M"),
-    )
+    flags = (part_de is not None, alpha is not None, path_weight is not None)
+    ranges = (rows_per_group, train_end, path_start)
+    plan = _sum_plan(S.shape[0], S.shape[1], R, part_ds.shape[0], ranges, coef[2], flags, S.element_size())
+    launch(plan, part_ds, S, coef[0], coef[1], alpha, path_weight, G, part_de)
 
 
 def traffic_ds_sum(

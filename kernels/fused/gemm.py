@@ -27,7 +27,7 @@ from .common import (
     processors,
     rank_step,
 )
-from .launch import launch
+from .launch import Plan, launch, planned
 from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
 
 DESCRIPTOR_FAMILIES = ("sm_90", "sm_100", "sm_120")
@@ -224,10 +224,42 @@ def _gemm_rank_descriptor_kernel(
         out_desc.store([first_m, first_n], acc.to(dtype))
 
 
-def fits_descriptors(family: str, A: Tensor, weight: Tensor) -> bool:
-    """Whether tensor descriptors can describe the operands: 16-byte aligned storage and row strides, on a device that has them."""
+def fits_descriptors(A: Tensor, weight: Tensor) -> bool:
+    """Whether tensor descriptors can describe the operands: 16-byte aligned storage and row strides."""
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (A, weight))
-    return family in DESCRIPTOR_FAMILIES and aligned and weight.shape[0] * weight.element_size() % 16 == 0
+    return aligned and weight.shape[0] * weight.element_size() % 16 == 0
+
+
+@planned
+def _plan(
+    M: int,
+    N: int,
+    K: int,
+    rank: tuple[int, int, int, float, int, float],
+    flags: tuple[bool, bool],
+    strides: tuple[int, int, int] | None,
+    transposed: bool,
+    dtype: torch.dtype,
+    tile: Tile,
+    programs: int,
+) -> Plan:
+    """Of either form: descriptors know their strides, and walk the tiles with a fixed number of programs."""
+    R, columns, groups, scale, threshold, keep_scale = rank
+    constants = {
+        "HAS_BIAS": flags[0],
+        "HAS_COEF": flags[1],
+        "HAS_ALPHA": groups > 0,
+        "DROPOUT": threshold != 0,
+        "PRECISION": dot_precision(dtype),
+        "BLOCK_R": rank_step(R),
+        **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
+    }
+    sizes, tail = (M, N, K, R, columns, M // max(groups, 1)), (scale, threshold, keep_scale)
+    tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
+    if strides is not None:
+        return Plan(_gemm_rank_kernel, (tiles,), (*sizes, *strides, *tail), constants)
+    constants["B_IS_NK"] = transposed
+    return Plan(_gemm_rank_descriptor_kernel, (min(programs, tiles),), (*sizes, *tail), constants)
 
 
 def launch_gemm_rank(
@@ -255,54 +287,26 @@ def launch_gemm_rank(
     Returns:
         (M, N) in A's dtype.
     """
-    M, K = A.shape
-    R, N = F.shape
-    out = torch.empty((M, N), dtype=A.dtype, device=A.device)
+    (M, K), (R, N) = A.shape, F.shape
+    out = A.new_empty((M, N))
     e, mask, scale = coef if coef is not None else (None, None, 1.0)
-    threshold, keep_scale = keep_arguments(seed, dropout_p)
-    tail = (S, F, e, mask, alpha, bias, seed, M, N, K, R, S.shape[1], M // alpha.numel() if alpha is not None else M)
-    options = {
-        "HAS_BIAS": bias is not None,
-        "HAS_COEF": coef is not None,
-        "HAS_ALPHA": alpha is not None,
-        "DROPOUT": threshold > 0,
-        "PRECISION": dot_precision(A.dtype),
-        "BLOCK_R": rank_step(R),
-        **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
-    }
-    tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
+    groups = 0 if alpha is None else alpha.numel()
+    flags = (bias is not None, coef is not None)
+    rank = (R, S.shape[1], groups, scale, *keep_arguments(seed, dropout_p))
+    tail = (S, F, e, mask, alpha, bias, seed)
     if descriptors:
         b_block = [tile.BLOCK_N, tile.BLOCK_K] if transposed else [tile.BLOCK_K, tile.BLOCK_N]
+        plan = _plan(M, N, K, rank, flags, None, transposed, A.dtype, tile, processors(A.device))
         launch(
-            _gemm_rank_descriptor_kernel,
-            (min(processors(A.device), tiles),),
+            plan,
             TensorDescriptor.from_tensor(A, [tile.BLOCK_M, tile.BLOCK_K]),
             TensorDescriptor.from_tensor(weight, b_block),
             TensorDescriptor.from_tensor(out, [tile.BLOCK_M, tile.BLOCK_N]),
             *tail,
-            scale,
-            threshold,
-            keep_scale,
-            B_IS_NK=transposed,
-            **options,
         )
         return out
-    stride_bk, stride_bn = (1, weight.stride(0)) if transposed else (weight.stride(0), 1)
-    launch(
-        _gemm_rank_kernel,
-        (tiles,),
-        A,
-        weight,
-        out,
-        *tail,
-        A.stride(0),
-        stride_bk,
-        stride_bn,
-        scale,
-        threshold,
-        keep_scale,
-        **options,
-    )
+    strides = (A.stride(0), *((1, weight.stride(0)) if transposed else (weight.stride(0), 1)))
+    launch(_plan(M, N, K, rank, flags, strides, transposed, A.dtype, tile, 0), A, weight, out, *tail)
     return out
 
 

@@ -37,7 +37,7 @@ def base_product(
         dropout = drops(seed, dropout_p)
         product = choose(A, weight, F, transposed=transposed, temporary=temporary, dropout=dropout)
     if product.form == "library":
-        out = torch.empty((A.shape[0], F.shape[1]), dtype=A.dtype, device=A.device)
+        out = A.new_empty((A.shape[0], F.shape[1]))
         tile = rank_term.config(family(A.device), A.element_size())
         rank_term.launch_rank_term(out, None, S, F, coef, alpha, bias, seed, dropout_p, tile)
         return out.addmm_(A, weight.t() if transposed else weight)

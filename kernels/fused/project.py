@@ -7,7 +7,9 @@ read. One launch, two where K is split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +30,7 @@ from .common import (
     padded_rank,
     processors,
 )
-from .launch import launch
+from .launch import Plan, launch, planned
 from .tiles import keep_tile
 
 MEMBERS = 3  # layers one launch can serve
@@ -174,9 +176,38 @@ def _splits(M: int, K: int, tile: Tile, device: Where) -> tuple[int, int]:
     return cdiv(tiles, per_split), per_split
 
 
-def each(values: list) -> list:
+def each(values: Sequence[Any]) -> list[Any]:
     """Arguments of all members; those of layers that are not there repeat the first."""
     return [*values, *([values[0]] * (MEMBERS - len(values)))]
+
+
+@planned
+def _plan(
+    M: int,
+    K: int,
+    ranks: tuple[int, ...],
+    columns: tuple[int, ...],
+    stride: int,
+    splits: tuple[int, int],
+    keep: tuple[int, float],
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Plan:
+    constants = {
+        "MEMBERS": len(ranks),
+        "DROPOUT": keep[0] != 0,
+        "PRECISION": dot_precision(dtype),
+        "BLOCK_R": block_rank(max(ranks)),
+        **tile.blocks("BLOCK_M", "BLOCK_K"),
+    }
+    numbers = (M, K, *each(ranks), *each(columns), stride, splits[1], *keep)
+    return Plan(_project_kernel, (cdiv(M, tile.BLOCK_M), splits[0]), numbers, constants)
+
+
+@planned
+def _sum_plan(M: int, columns: tuple[int, ...], splits: int) -> Plan:
+    grid = (cdiv(M * max(columns), _SUM_BLOCK), len(columns))
+    return Plan(_sum_splits_kernel, grid, (M, *each(columns), splits), {"BLOCK": _SUM_BLOCK})
 
 
 def _launch(
@@ -189,30 +220,18 @@ def _launch(
     splits: int,
     per_split: int,
 ) -> None:
-    M, K = x2.shape
-    ranks = [Q.shape[0] for Q in Qs]
-    threshold, keep_scale = keep_arguments(seed, dropout_p)
-    launch(
-        _project_kernel,
-        (cdiv(M, tile.BLOCK_M), splits),
-        x2,
-        *each(Qs),
-        *each(parts),
-        seed,
-        M,
-        K,
-        *each(ranks),
-        *each([part.shape[-1] for part in parts]),
+    plan = _plan(
+        x2.shape[0],
+        x2.shape[1],
+        tuple([Q.shape[0] for Q in Qs]),
+        tuple([part.shape[-1] for part in parts]),
         x2.stride(0),
-        per_split,
-        threshold,
-        keep_scale,
-        MEMBERS=len(Qs),
-        DROPOUT=threshold > 0,
-        PRECISION=dot_precision(x2.dtype),
-        BLOCK_R=block_rank(max(ranks)),
-        **tile.blocks("BLOCK_M", "BLOCK_K"),
+        (splits, per_split),
+        keep_arguments(seed, dropout_p),
+        x2.dtype,
+        tile,
     )
+    launch(plan, x2, *each(Qs), *each(parts), seed)
 
 
 def launch_project(
@@ -223,27 +242,17 @@ def launch_project(
     splits, per_split = _splits(M, K, tile, x2.device)
     parts = out
     if splits > 1:
-        parts = [torch.empty((splits, *s.shape), dtype=torch.float32, device=x2.device) for s in out]
+        parts = [s.new_empty((splits, *s.shape), dtype=torch.float32) for s in out]
     _launch(x2, Qs, parts, seed, dropout_p, tile, splits, per_split)
     if splits > 1:
-        widest = max(s.numel() for s in out)
-        launch(
-            _sum_splits_kernel,
-            (cdiv(widest, _SUM_BLOCK), len(Qs)),
-            *each(parts),
-            *each(out),
-            M,
-            *each([s.shape[1] for s in out]),
-            splits,
-            BLOCK=_SUM_BLOCK,
-        )
+        launch(_sum_plan(M, tuple([s.shape[1] for s in out]), splits), *each(parts), *each(out))
 
 
 def launch_project_parts(x2: Tensor, Q: Tensor, tile: Tile) -> Tensor:
     """The float32 parts of x Q^T, (splits, M, padded rank), not added up yet: for dy P^T, whose sum has more to do."""
     M, K = x2.shape
     splits, per_split = _splits(M, K, tile, x2.device)
-    parts = torch.empty((splits, M, padded_rank(Q.shape[0])), dtype=torch.float32, device=x2.device)
+    parts = x2.new_empty((splits, M, padded_rank(Q.shape[0])), dtype=torch.float32)
     _launch(x2, [Q], [parts], None, 0.0, tile, splits, per_split)
     return parts
 

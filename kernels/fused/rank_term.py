@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +25,7 @@ from .common import (
     keep_arguments,
     rank_step,
 )
-from .launch import launch
+from .launch import Plan, launch, planned
 from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
 
 
@@ -102,6 +103,36 @@ def _rank_term_kernel(
     tl.store(out_ptr + at, acc.to(dtype), mask=inside)
 
 
+@planned
+def _plan(
+    M: int,
+    N: int,
+    R: int,
+    columns: int,
+    groups: int,
+    scale: float,
+    threshold: int,
+    keep_scale: float,
+    flags: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Plan:
+    constants = {
+        "HAS_BASE": flags[0],
+        "HAS_BIAS": flags[1],
+        "HAS_COEF": flags[2],
+        "HAS_ALPHA": groups > 0,
+        "DROPOUT": threshold != 0,
+        "PRECISION": dot_precision(dtype),
+        "BLOCK_R": rank_step(R),
+        **tile.blocks("BLOCK_M", "BLOCK_N"),
+    }
+    grid = (cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N))
+    return Plan(
+        _rank_term_kernel, grid, (M, N, R, columns, M // max(groups, 1), scale, threshold, keep_scale), constants
+    )
+
+
 def launch_rank_term(
     out: Tensor,
     base: Tensor | None,
@@ -116,38 +147,12 @@ def launch_rank_term(
 ) -> None:
     """Fill ``out`` (M, N), contiguous; arguments as in ``launch_gemm_rank``."""
     M, N = out.shape
-    R = F.shape[0]
     e, mask, scale = coef if coef is not None else (None, None, 1.0)
+    groups = 0 if alpha is None else alpha.numel()
+    flags = (base is not None, bias is not None, coef is not None)
     threshold, keep_scale = keep_arguments(seed, dropout_p)
-    launch(
-        _rank_term_kernel,
-        (cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N)),
-        base,
-        out,
-        S,
-        F,
-        e,
-        mask,
-        alpha,
-        bias,
-        seed,
-        M,
-        N,
-        R,
-        S.shape[1],
-        M // alpha.numel() if alpha is not None else M,
-        scale,
-        threshold,
-        keep_scale,
-        HAS_BASE=base is not None,
-        HAS_BIAS=bias is not None,
-        HAS_COEF=coef is not None,
-        HAS_ALPHA=alpha is not None,
-        DROPOUT=threshold > 0,
-        PRECISION=dot_precision(out.dtype),
-        BLOCK_R=rank_step(R),
-        **tile.blocks("BLOCK_M", "BLOCK_N"),
-    )
+    plan = _plan(M, N, F.shape[0], S.shape[1], groups, scale, threshold, keep_scale, flags, out.dtype, tile)
+    launch(plan, base, out, S, F, e, mask, alpha, bias, seed)
 
 
 def traffic_rank_term(

@@ -6,7 +6,7 @@ Every program of a reduction walks one split and leaves a partial sum; the parti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,8 +15,7 @@ from torch import Tensor
 from .common import cdiv
 
 
-@dataclass(frozen=True)
-class Segments:
+class Segments(NamedTuple):
     """Rows [0, end0) and [start1, end1), in ``splits0`` and ``splits1`` splits of ``per_split`` rows."""
 
     end0: int
@@ -66,14 +65,10 @@ def row_factors(alpha_ptr, weight_ptr, has_alpha, has_weight, rows, end, rows_pe
     return tl.where(given, factor, 1.0)
 
 
-def factor_arguments(
+def factor_pointers(
     scaled: bool, alpha: Tensor | None, path_weight: Tensor | None, other: Tensor
-) -> tuple[Tensor | None, Tensor | None, int, int]:
-    """What kernels take for :func:`row_factors`: both factors, and which of them count. One kernel serves either and both.
-
-    ``other`` stands where there is none: float32, not read.
-    """
+) -> tuple[Tensor | None, Tensor | None]:
+    """What kernels take for :func:`row_factors`, which serves either or both; ``other`` (float32, not read) where one is missing."""
     if not scaled:
-        return None, None, 0, 0
-    has_alpha, has_weight = alpha is not None, path_weight is not None
-    return alpha if has_alpha else other, path_weight if has_weight else other, int(has_alpha), int(has_weight)
+        return None, None
+    return alpha if alpha is not None else other, path_weight if path_weight is not None else other

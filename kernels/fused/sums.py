@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ..traffic import Traffic
 from .common import Specimen, cdiv
-from .launch import launch
+from .launch import Plan, launch, planned
 
 MATRICES = 3
 _BLOCK = 1024
 _PARTS, _COLUMNS = 256, 16  # of a vector's sum at once
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One result of ``numel`` elements: its partial sums, and where they go (None: that share is dropped).
 
@@ -39,6 +39,11 @@ class Job:
     out: Tensor | None
     acc: Tensor | None
     columns: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """What a launch depends on beside the tensors."""
+        return self.stride, self.numel, self.count0, self.count1, self.columns
 
 
 @triton.jit
@@ -147,32 +152,34 @@ def launch_sum_partials(jobs: list[Job]) -> None:
     matrices = [job for job in jobs if job.columns]
     assert len(vectors) <= 1
     assert len(matrices) <= MATRICES
-    each = [vectors[0] if vectors else None, *matrices, *[None] * (MATRICES - len(matrices))]
-    accs = [None if job is None or job.acc is None else job.acc.contiguous() for job in each]
     pointers: list[Tensor | None] = []
+    strided: list[tuple[Tensor, Tensor]] = []
+    if not vectors:
+        pointers += (None, None, None)
+    for job in (*vectors, *matrices):
+        acc = job.acc
+        if acc is not None and not acc.is_contiguous():
+            own, acc = acc, acc.contiguous()
+            strided.append((own, acc))
+        pointers += (job.part, job.out, acc)
+    pointers += [None] * (3 * (MATRICES - len(matrices)))
+    launch(_plan(bool(vectors), tuple([job.shape for job in (*vectors, *matrices)])), *pointers)
+    for own, acc in strided:
+        own.copy_(acc)
+
+
+@planned
+def _plan(has_vector: bool, shapes: tuple[tuple[int, int, int, int, int], ...]) -> Plan:
+    nothing = (0, 0, 0, 0, 0)
+    each = (*(() if has_vector else (nothing,)), *shapes)
+    each += (nothing,) * (1 + MATRICES - len(each))
     numbers: list[int] = []
-    for job, acc in zip(each, accs, strict=True):
-        pointers += [None, None, None] if job is None else [job.part, job.out, acc]
-        if job is None:
-            numbers += [0] * 4
-        else:
-            rows = job.numel // job.columns if job.columns else job.numel
-            numbers += [job.stride // (job.columns or _COLUMNS), rows, job.count0, job.count1]
-    columns = [0 if job is None else job.columns for job in each[1:]]
-    blocks = max(cdiv(job.numel, _BLOCK if job.columns else _COLUMNS) for job in jobs)
-    launch(
-        _sum_partials_kernel,
-        (blocks, 1 + len(matrices)),
-        *pointers,
-        *numbers,
-        *columns,
-        BLOCK=_BLOCK,
-        PARTS=_PARTS,
-        COLUMNS=_COLUMNS,
-    )
-    for job, acc in zip(each, accs, strict=True):
-        if job is not None and job.acc is not None and acc is not None and not job.acc.is_contiguous():
-            job.acc.copy_(acc)
+    for stride, numel, count0, count1, columns in each:
+        numbers += (stride // (columns or _COLUMNS), numel // (columns or 1), count0, count1)
+    blocks = max(cdiv(numel, _BLOCK if columns else _COLUMNS) for _, numel, _, _, columns in shapes)
+    grid = (blocks, len(shapes) + (0 if has_vector else 1))
+    constants = {"BLOCK": _BLOCK, "PARTS": _PARTS, "COLUMNS": _COLUMNS}
+    return Plan(_sum_partials_kernel, grid, (*numbers, *(columns for *_, columns in each[1:])), constants)
 
 
 def traffic_sum_partials(jobs: list[tuple[int, int, int, int, bool, bool]]) -> Traffic:

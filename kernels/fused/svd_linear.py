@@ -30,12 +30,13 @@ def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.reshape(-1).contiguous()
 
 
-def _padded(x: Tensor, rows: int, rank: int) -> Tensor:
-    return torch.empty((rows, padded_rank(rank)), dtype=x.dtype, device=x.device)
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
 
 
-def _float32(device: torch.device, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=device)
+def _narrowed(S: Tensor, rank: int) -> Tensor:
+    """The (M, rank) part of a padded buffer."""
+    return S if S.shape[1] == rank else S[:, :rank]
 
 
 def _widened(S: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def _widened(S: Tensor) -> Tensor:
 def project(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) -> list[Tensor]:
     """``svd_project``'s forward."""
     x2 = _aligned_rows(x)
-    out = [_padded(x2, x2.shape[0], Q.shape[0]) for Q in Qs]
+    out = [x2.new_empty((x2.shape[0], padded_rank(Q.shape[0]))) for Q in Qs]
     busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and x2.shape[0]]
     BLOCK_R = block_rank(max((Q.shape[0] for Q in Qs), default=0))
     together, dropout = projection.members(BLOCK_R), drops(seed, dropout_p)
@@ -66,7 +67,7 @@ def project(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) 
         tile = projection.config(family(x.device), x.element_size(), BLOCK_R, len(chosen), dropout)
         masters = [Qs[i].contiguous() for i in chosen]
         projection.launch_project(x2, masters, [out[i] for i in chosen], seed, dropout_p, tile)
-    return [S[:, : Q.shape[0]] for S, Q in zip(out, Qs, strict=True)]
+    return [_narrowed(S, Q.shape[0]) for S, Q in zip(out, Qs, strict=True)]
 
 
 def forward(
@@ -168,7 +169,7 @@ def backward(
     dx = dW = db = dP = dE = dQ = None
     jobs: list[Job] = []
     if M == 0 or R == 0:
-        dP, dE, dQ, G = torch.zeros_like(P), torch.zeros_like(E), torch.zeros_like(Q), _padded(x2, M, R)
+        dP, dE, dQ, G = torch.zeros_like(P), torch.zeros_like(E), torch.zeros_like(Q), x2.new_empty((M, padded_rank(R)))
     else:
         dP = torch.empty_like(P, memory_format=torch.contiguous_format) if need_p else None
         G, dE = _dy_gradients(
@@ -182,7 +183,7 @@ def backward(
         if R == 0 or M == 0:
             dx = x2.new_zeros(x2.shape) if weight is None else dy2 @ weight
         elif weight is None:
-            dx = torch.empty(x2.shape, dtype=x2.dtype, device=x2.device)
+            dx = x2.new_empty(x2.shape)
             tile = rank_term.config(family(x.device), x.element_size())
             rank_term.launch_rank_term(dx, None, G, Q.contiguous(), None, alpha, None, seed, dropout_p, tile)
         else:
@@ -201,7 +202,7 @@ def backward(
         dP if need_p else None,
         dE if need_e else None,
         dQ if need_q else None,
-        G[:, :R] if need_s else None,
+        _narrowed(G, R) if need_s else None,
     )
 
 
@@ -231,11 +232,11 @@ def _dy_gradients(
     segments = dy_segments(rows.train, rows.train, M, N, tile, device)
     one_pass = dy_pass.in_one_pass(M, N, columns, tile)
     if one_pass:
-        part_ds = _float32(device, cdiv(N, tile.BLOCK_N), M, columns)
+        part_ds = _float32(dy2, cdiv(N, tile.BLOCK_N), M, columns)
     else:
         wide = projection.config(family(device), dy2.element_size(), block_rank(R), 1)
         part_ds = projection.launch_project_parts(dy2, P, wide)
-    part_dp = _float32(device, segments.splits, R, N) if want_dp else None
+    part_dp = _float32(dy2, segments.splits, R, N) if want_dp else None
     if one_pass or want_dp:
         parts = (part_ds if one_pass else None, part_dp)
         in_segment = weights if disjoint else None
@@ -245,13 +246,13 @@ def _dy_gradients(
         jobs.append(Job(part_dp, R * N, R * N, segments.splits0, segments.splits1, dP, acc, N))
     if not disjoint:
         again = dy_segments(0, rows.path, M, N, tile, device)
-        part_path = _float32(device, again.splits, R, N)
+        part_path = _float32(dy2, again.splits, R, N)
         dy_pass.launch_dy_pass(dy2, S, P, coef, None, weights, rows.per_group, again, None, part_path, tile)
         jobs.append(Job(part_path, R * N, R * N, 0, again.splits1, None, path_P, N))
-    G = torch.empty((M, columns), dtype=dy2.dtype, device=device)
+    G = dy2.new_empty((M, columns))
     programs = cdiv(M, dy_pass.ds_tile(block_rank(R), dy2.element_size()).BLOCK_M)
     want_de = need_e or sampled
-    part_de = _float32(device, 2 if weights is not None else 1, programs, columns) if want_de else None
+    part_de = _float32(dy2, 2 if weights is not None else 1, programs, columns) if want_de else None
     dy_pass.launch_ds_sum(part_ds, S, R, coef, alpha, weights, rows.per_group, rows.train, rows.path, G, part_de)
     dE = torch.empty_like(coef[0]) if need_e else None
     if part_de is not None:
@@ -277,7 +278,7 @@ def _q_jobs(
     end0 = rows.train if dQs[0] is not None else 0
     start1 = rows.path if path_Qs[0] is not None else rows.rows
     segments = dq_segments(end0, start1, rows.rows, K, tile, device)
-    parts = [_float32(device, segments.splits, r, K) for r in ranks]
+    parts = [_float32(x2, segments.splits, r, K) for r in ranks]
     if segments.splits:
         dq_pass.launch_dq_pass(x2, Gs, ranks, parts, alpha, weights, seed, dropout_p, rows.per_group, segments, tile)
     return [

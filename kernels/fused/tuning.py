@@ -118,7 +118,7 @@ def _right_runs(
     dropped: dict[Product, str] = {}
     expected = runs[LIBRARY]()
     for product in candidates(problem, family(device))[1:]:
-        if product.form == "descriptors" and not gemm.fits_descriptors(family(device), A, weight):
+        if product.form == "descriptors" and not gemm.fits_descriptors(A, weight):
             dropped[product] = "row strides are no multiples of 16 bytes"
             continue
         run = run_of(product)

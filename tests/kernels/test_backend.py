@@ -20,7 +20,7 @@ from igulora.kernels.backend import ReferenceWarning, runs_fused, use_backend
 def _fresh(monkeypatch: pytest.MonkeyPatch):
     """No cached answers from other tests, none left behind."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    caches = (backend._missing, backend._warn_once, backend._from_environment)
+    caches = (backend._missing, backend._warn_once, backend._from_environment, backend.interpreting)
     for function in caches:
         function.cache_clear()
     yield
@@ -30,6 +30,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_cpu_runs_the_reference_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
+    backend.interpreting.cache_clear()
     monkeypatch.delenv("IGULORA_BACKEND", raising=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -51,12 +51,12 @@ class Compiled:
             raise AssertionError(f"expected a launch of\n{_current}\ngot one of\n{self.key}")
 
 
-def watched(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+def watched(plan: launch.Plan, *pointers: Any) -> None:
     """A launch, its key noted."""
     global _current
-    _current = _key(kernel, *args, **kwargs)
+    _current = _key(plan.kernel, *pointers, *plan.numbers, **plan.constants)
     _keys.add(_current)
-    launch.launch(kernel, grid, *args, **kwargs)
+    launch.launch(plan, *pointers)
 
 
 def at(offset: int, *shape: int) -> Tensor:

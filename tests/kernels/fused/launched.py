@@ -29,7 +29,6 @@ from igulora.kernels.fused import (
     dy_pass,
     gemm,
     importance,
-    launch,
     orthogonality,
     project,
     rank_term,
@@ -187,10 +186,11 @@ class Launches:
 
     def __init__(self) -> None:
         self.found: set[Variant] = set()
-        self.family, self.processors = "", 1
-        # Only the first launch of a variant comes here, the others find it by our own key: which `launch_keys.py` holds against Triton's.
+        self.family, self.processors, self.device = "", 1, 0
+        # Only the first launch of a variant comes here, the others find it by its plan: which `launch_keys.py` holds against Triton's key.
         JITFunction.run = lambda kernel, *args, **kwargs: self._run(kernel, *args, **kwargs)
-        torch.cuda.current_device = torch._C._cuda_getCurrentRawStream = lambda *_: 0
+        torch.cuda.current_device = lambda: self.device
+        torch._C._cuda_getCurrentRawStream = lambda *_: 0
         Tensor.addmm_ = lambda out, *_: out  # the library's products would take most of the time
         for module in (svd_linear, products, choice, orthogonality):
             self._replace(module, "family", lambda device: self.family)
@@ -198,9 +198,8 @@ class Launches:
             self._replace(module, "processors", lambda device: self.processors)
 
     def begin(self, family: str) -> None:
-        """Forget all launches, those that were found by our own key too."""
-        self.found, self.family = set(), family
-        launch._kernels.clear()
+        """On a device of its own, where no plan knows a kernel yet."""
+        self.found, self.family, self.device = set(), family, self.device + 1
 
     def have(self, processors: int, *, parts: int) -> None:
         """Split K where processors are many, and pass over dy once where ``parts`` of it may be large."""

@@ -608,3 +608,15 @@ def test_the_augmented_form_is_exact(device: torch.device, transposed: bool, gro
         return y if bias is None else y + bias.to(dtype)
 
     assert_exact(ours, plain(torch.float32), plain(torch.float64))
+
+
+def test_a_forced_form_that_cannot_run_is_refused(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "family", lambda device: "sm_90")
+    with (
+        choice.use_product(Product("augmented")),
+        pytest.raises(ValueError, match="no dropout with the form 'augmented'"),
+    ):
+        call(device, dropout=True)
+    A, weight, F = (torch.empty(shape, device=device) for shape in ((M, K + 1), (N, K + 1), (R, N)))
+    with choice.use_product(Product("descriptors")), pytest.raises(ValueError, match="multiples of 16 bytes"):
+        choose(A, weight, F, transposed=True)

@@ -29,18 +29,22 @@ def first(n_spills: int, num_warps: int = 8) -> Any:
     return SimpleNamespace(n_spills=n_spills, metadata=SimpleNamespace(num_warps=num_warps))
 
 
+def plan(kernel: Kernel) -> launching.Plan:
+    return launching.Plan(kernel, (3,), (4, 0.5), {"BLOCK": 16, "num_warps": 8})
+
+
 def test_what_does_not_spill_is_compiled_once() -> None:
     kernel, compiled = Kernel(0), first(0)
-    assert launching._without_spills(compiled, kernel, (3,), (1, 2), {"BLOCK": 16}) is compiled  # type: ignore[arg-type]
+    assert launching._without_spills(compiled, plan(kernel), (1, 2)) is compiled
     assert kernel.asked == []
 
 
 @pytest.mark.parametrize(("spills", "better"), [(0, True), (1, True), (2, False), (3, False)])
 def test_what_spills_is_compiled_again(spills: int, better: bool) -> None:
     kernel, compiled = Kernel(spills), first(2)
-    chosen = launching._without_spills(compiled, kernel, (3,), (1, 2), {"BLOCK": 16, "num_warps": 8})  # type: ignore[arg-type]
+    chosen = launching._without_spills(compiled, plan(kernel), (1, 2))
     assert chosen is (kernel.compiled if better else compiled)
-    assert kernel.asked == [{"arguments": (1, 2), "grid": (3,), "BLOCK": 16, "num_warps": 8, "maxnreg": 255}]
+    assert kernel.asked == [{"arguments": (1, 2, 4, 0.5), "grid": (3,), "BLOCK": 16, "num_warps": 8, "maxnreg": 255}]
 
 
 @pytest.mark.parametrize(("num_warps", "registers"), [(1, 255), (4, 255), (8, 255), (16, 128), (32, 64)])
