@@ -7,8 +7,8 @@
 
 The rules: nothing on the stack, shared memory within the architecture's limit, products on tensor cores, no atomics, and 16-byte global
 accesses on aligned inputs: the widest load, the widest store, and those of every source line that moves a tile large enough. `*` marks
-registers of a kernel that was assembled again with all of them, as launches are, because of the stack. AMD's gfx942 is compiled and shown
-but held to no rule.
+registers of a kernel that was assembled again with all of them, as launches are, because of the stack. Of
+AMD's gfx942 each third configuration is compiled and shown, but held to no rule: no kernel runs there yet.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from igulora.kernels.backend import interpreting
 from igulora.kernels.fused.common import Specimen
 
 RESULTS = Path(__file__).resolve().parent / "results" / "compile"
+_EVERY = {"gfx942": 3}  # one of so many shipped configurations is enough to see what is missing
 Job = tuple[str, str, str]  # module, label, architecture
 Outcome = tuple[Row, list[tuple[str, str]]] | str  # what came out and the rules it breaks, or why nothing did
 
@@ -297,11 +298,12 @@ def main(arguments: list[str] | None = None) -> int:
             for label, specimen in specimens(module, arch).items()
             if not options.kernel or options.kernel in label or options.kernel in specimen.kernel.__name__
         ]
-        jobs += wanted[:: options.every]
+        rare = _EVERY.get(arch, 1) if not (options.module or options.kernel) else 1
+        jobs += wanted[:: options.every * rare]
     missing = [
         f"{kernel} of {name}"
         for name, module in loaded.items()
-        for kernel in forgotten(module, options.arch)
+        for kernel in forgotten(module, list(ARCHITECTURES))
         if not options.kernel or options.kernel in kernel
     ]
     if not jobs and not missing:

@@ -22,9 +22,9 @@ being copies of whole tiles. Tensor-core instructions are counted in the code, n
 No kernel for sm_80 to sm_120 may keep anything on the stack, take more shared memory than the architecture allows, compute a product
 elsewhere than on tensor cores, move tiles of aligned inputs in accesses narrower than 16 bytes (but for lines that state a reason), or
 use atomic accesses. Registers are per thread; `+8` are bytes of stack, which count as a fault only if they are read: for sm_120, the
-assembler of Triton 3.6 stores a zero there at each tile copy and never reads it. `*`: assembled again with all
-registers, as launches are, because the assembler had used the stack for an occupancy of its choice. gfx942 is compiled to see what is
-missing, and held to nothing.
+assembler of Triton 3.6 stores a zero there at each tile copy and never reads it. `*`: assembled again with all registers, as launches
+are, because the assembler had used the stack for an occupancy of its choice. Of gfx942 each third configuration is compiled to see what
+is missing, and held to nothing.
 """
 
 

@@ -73,19 +73,11 @@ class Harmless:
 
 
 _LESS = "an optional operand's load and its one operation on registers fall away, before or behind the loop over the products"
+_PRODUCTS = "_gemm_rank_kernel _gemm_rank_descriptor_kernel _rank_term_kernel"
+# Less to do needs no more registers. Should the assembler spill nevertheless, for an occupancy of its choice, `launch.py` mends that.
 HARMLESS = [
-    Harmless(
-        "_gemm_rank_kernel _gemm_rank_descriptor_kernel _rank_term_kernel",
-        {"HAS_BIAS": False},
-        {"HAS_BIAS": True},
-        _LESS,
-    ),
-    Harmless(
-        "_gemm_rank_kernel _gemm_rank_descriptor_kernel _rank_term_kernel",
-        {"HAS_ALPHA": False},
-        {"HAS_ALPHA": True},
-        _LESS,
-    ),
+    Harmless(_PRODUCTS, {"HAS_BIAS": False}, {"HAS_BIAS": True}, _LESS),
+    Harmless(_PRODUCTS, {"HAS_ALPHA": False}, {"HAS_ALPHA": True}, _LESS),
     Harmless("_ds_sum_kernel", {"WANT_DE": False}, {"WANT_DE": True}, _LESS),
     Harmless("_ds_sum_kernel", {"HAS_ALPHA": False}, {"HAS_ALPHA": True}, _LESS),
     Harmless("_ds_sum_kernel", {"HAS_WEIGHT": False}, {"HAS_WEIGHT": True}, _LESS),
