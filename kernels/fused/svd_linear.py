@@ -274,7 +274,8 @@ def _q_jobs(
 ) -> list[Job]:
     """One pass over x for up to three layers; the jobs that finish their dQ."""
     K, device = x2.shape[1], x2.device
-    tile = dq_pass.config(family(device), x2.element_size(), block_rank(max(ranks)), len(Gs))
+    dropout = drops(seed, dropout_p)
+    tile = dq_pass.config(family(device), x2.element_size(), block_rank(max(ranks)), len(Gs), dropout)
     end0 = rows.train if dQs[0] is not None else 0
     start1 = rows.path if path_Qs[0] is not None else rows.rows
     segments = dq_segments(end0, start1, rows.rows, K, tile, device)
