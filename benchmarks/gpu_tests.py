@@ -90,7 +90,7 @@ class _Run:
             return found | {"error": f"pytest left no report:\n{text[-_TEXT:]}"}
         found |= read_report(self.report)
         if cut and b"KeyboardInterrupt" in self.output.read_bytes():
-            found["passed"] -= 1  # the report lists the test under way without an outcome
+            found["passed"] = max(found["passed"] - 1, 0)  # the report lists the test under way without an outcome
         return found
 
 
