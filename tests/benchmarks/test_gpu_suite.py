@@ -244,12 +244,21 @@ def test_an_interrupted_test_file_keeps_what_it_has_run(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tests, machine = modules["gpu_tests"], modules["gpu_machine"]
-    file = tmp_path / "test_slow.py"
-    file.write_text("import time\ndef test_one():\n    pass\ndef test_two():\n    time.sleep(60)\n", encoding="utf-8")
+    file, mark = tmp_path / "test_slow.py", tmp_path / "second test began"
+    second = f"def test_two():\n    pathlib.Path({str(mark)!r}).touch()\n    time.sleep(60)\n"
+    text = f"import pathlib, time\ndef test_one():\n    pass\n{second}"
+    file.write_text(text, encoding="utf-8")
     monkeypatch.setattr(tests, "files", lambda setting: [file])
     monkeypatch.setattr(tests, "ROOT", tmp_path)
     setting = machine.Setting.here(tiny=False, quick=False)
-    found = tests.run(setting, machine.Deadline(time.time() + tests._GRACE + 5))
+
+    class Deadline:
+        """Over as soon as the second test has begun, however long pytest takes to get there."""
+
+        passed = False
+        left = property(lambda _: 0.0 if mark.exists() else 60.0)
+
+    found = tests.run(setting, Deadline())
     (result,) = found["files"].values()
     assert result["passed"] == 1
     assert "time was over" in result["cut"]
