@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Operator = Callable[..., Any]
 BACKENDS = ("triton", "reference")
 MAX_RANK = 256
 _MIN_CAPABILITY = (8, 0)
@@ -74,12 +76,12 @@ def as_given(like: Tensor) -> AbstractContextManager[object]:
     return stack
 
 
-def unwatched(like: Tensor) -> bool:
-    """Whether an eager call may go past PyTorch's dispatcher, which takes longer than a small layer's kernels.
+def past_dispatcher(like: Tensor, operator: Operator, implementation: Operator) -> Operator:
+    """What an eager call runs: the implementation itself, since PyTorch's dispatcher takes longer than a small layer's kernels.
 
-    Not where something listens there or stands in for tensors: subclasses, dispatch modes, function transforms, the profiler.
+    The operator where something listens there or stands in for tensors: subclasses, dispatch modes, function transforms, the profiler.
     """
-    return (
+    unwatched = (
         type(like) in (Tensor, torch.nn.Parameter)
         and like.device.type in ("cuda", "cpu")
         and not torch.is_grad_enabled()
@@ -87,6 +89,7 @@ def unwatched(like: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch.autograd._profiler_enabled()
     )
+    return implementation if unwatched else operator
 
 
 @cache

@@ -44,15 +44,15 @@ def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
 def check_masters(out_features: int, in_features: int, P: Tensor, E: Tensor, Q: Tensor, mask: Tensor) -> None:
     """P, E, Q and mask are those of one rank for an (out, in) layer."""
     r = P.shape[0]
-    vector = (r,)
-    if (P.shape, E.shape, Q.shape, mask.shape) == ((r, out_features), vector, (r, in_features), vector):
+    found = (P.shape, E.shape, Q.shape, mask.shape)
+    wanted = ((r, out_features), (r,), (r, in_features), (r,))
+    if found == wanted:
         return
-    wanted = {"P": (r, out_features), "E": vector, "Q": (r, in_features), "mask": vector}
-    for name, tensor in (("P", P), ("E", E), ("Q", Q), ("mask", mask)):
-        if tuple(tensor.shape) != wanted[name]:
+    for name, shape, right in zip(("P", "E", "Q", "mask"), found, wanted, strict=True):
+        if tuple(shape) != right:
             raise ValueError(
-                f"expected {name} of shape {wanted[name]} for a layer of {in_features} to {out_features} features and rank {r}, "
-                f"got {tuple(tensor.shape)}"
+                f"expected {name} of shape {right} for a layer of {in_features} to {out_features} features and rank {r}, "
+                f"got {tuple(shape)}"
             )
 
 

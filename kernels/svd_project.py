@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backend import as_given, runs_fused, unwatched
+from .backend import as_given, past_dispatcher, runs_fused
 from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
 from .rows import empty_results, group_count, keep_factor, q_gradient, rank_buffer, rows_first
 
@@ -101,7 +101,12 @@ def _dispatch_bwd(Gs, x, Qs, *rest):
             return _reference_bwd(Gs, x, Qs, *rest)
         from .fused import svd_linear as fused
 
-        return empty_results(x, (fused.project_backward(Gs, x, Qs, *rest), None))
+        return fused.project_backward(Gs, x, Qs, *rest), None
+
+
+def _dispatch_bwd_op(Gs, x, *rest):
+    """An operator returns tensors: empty ones for what the kernels leave out."""
+    return empty_results(x, _dispatch_bwd(Gs, x, *rest))
 
 
 _svd_project_fwd = torch.library.custom_op("igulora::svd_project_fwd", _reference_fwd, mutates_args=())
@@ -110,7 +115,7 @@ _svd_project_fwd.register_fake(_fake_fwd)
 _svd_project_bwd.register_fake(_fake_bwd)
 for _device in ("cuda", "cpu"):
     _svd_project_fwd.register_kernel(_device)(_dispatch_fwd)
-    _svd_project_bwd.register_kernel(_device)(_dispatch_bwd)
+    _svd_project_bwd.register_kernel(_device)(_dispatch_bwd_op)
 
 
 def _setup_context(ctx, inputs, output):
@@ -125,8 +130,8 @@ def _gradients(ctx, Gs, wanted):
     x, seed, alpha, path_weight, *Qs = ctx.saved_tensors
     needed = ctx.ranges[0] > 0 and wanted
     rest = (ctx.accumulators, seed, ctx.dropout_p, *ctx.ranges, needed)
-    run = _dispatch_bwd if unwatched(x) else _svd_project_bwd
-    joint, _ = run(list(Gs), x, Qs, alpha, path_weight, *rest)
+    backward = past_dispatcher(x, _svd_project_bwd, _dispatch_bwd)
+    joint, _ = backward(list(Gs), x, Qs, alpha, path_weight, *rest)
     return list(joint.split([Q.shape[0] for Q in Qs])) if needed else [None] * len(Qs)
 
 
@@ -144,7 +149,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, seed, scalars, alpha, path_weight, path_Qs, *Qs):
         inputs = (x, list(Qs), seed, scalars[0], alpha, path_weight, path_Qs, *scalars[1:])
-        output = tuple((_dispatch_fwd if unwatched(x) else _svd_project_fwd)(*inputs))
+        output = tuple(past_dispatcher(x, _svd_project_fwd, _dispatch_fwd)(*inputs))
         _setup_context(ctx, inputs, output)
         return output
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import as_given, runs_fused
+from .backend import as_given, past_dispatcher, runs_fused
 from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
 from .rows import group_count, rank_buffer, rank_factors, rows_first
-from .svd_linear import _svd_linear_bwd
+from .svd_linear import gradients
 
 
 def _reference(
@@ -72,8 +72,7 @@ def _svd_update(
     return out, _run(y.contiguous(), x, P, E, Q, mask, alpha, S, seed, scale, dropout_p, out)
 
 
-@torch.library.custom_op("igulora::svd_update_", mutates_args=("y",))
-def _svd_update_(
+def _update_in_place(
     y: Tensor,
     x: Tensor,
     P: Tensor,
@@ -88,6 +87,9 @@ def _svd_update_(
 ) -> Tensor:
     """Updates y, which is contiguous; returns S ``(M, r)``, empty where it was given."""
     return _run(y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p, y)
+
+
+_svd_update_ = torch.library.custom_op("igulora::svd_update_", mutates_args=("y",))(_update_in_place)
 
 
 @_svd_update.register_fake
@@ -123,7 +125,7 @@ def _gradients(ctx, dy):
     trains = ctx.scalars[2] > 0
     factors = (*(wanted[i] and trains for i in (2, 3)), wanted[4] and trains and not ctx.given)
     needs = [wanted[1], False, False, *factors, ctx.given]
-    grads = _svd_linear_bwd(dy, S, x, None, *masters, alpha, path_weight, *ctx.accumulators, seed, *ctx.scalars, needs)
+    grads = gradients(dy, S, x, None, *masters, alpha, path_weight, *ctx.accumulators, seed, *ctx.scalars, needs)
     dx, _, _, dP, dE, dQ, dS = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dy, dx, dP, dE, dQ, None, None, dS, *(None,) * 9
 
@@ -142,7 +144,8 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         y, x, P, E, Q, mask, alpha, S, _weight, _path_P, _path_E, _path_Q, seed, scale, dropout_p = inputs[:15]
-        saved = _svd_update_(y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p)
+        update = past_dispatcher(x, _svd_update_, _update_in_place)
+        saved = update(y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p)
         ctx.mark_dirty(y)
         _save(ctx, inputs, saved)
         return y

@@ -49,7 +49,7 @@ class Product:
 
 
 # It never loses to cuBLAS plus an epilogue, being just that. What beats it differs from shape to shape, so that a family has another
-# default only where that was measured: (form, tiles of the result from which on it runs). H100: 1 to 6% less time from 256 tiles on.
+# default only where that was measured (benchmarks/results/gpu): (form, tiles of the result from which on it runs).
 LIBRARY = Product("library")
 DEFAULTS = {"sm_90": ("descriptors", 256)}
 

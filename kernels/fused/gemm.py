@@ -23,12 +23,10 @@ from .common import (
     Tile,
     cdiv,
     dot_precision,
-    keep_arguments,
     processors,
-    rank_step,
 )
 from .launch import Plan, launch, planned
-from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
+from .tiles import RankTerm, add_rank_term, rank_term_types, traffic_rank_tile
 
 DESCRIPTOR_FAMILIES = ("sm_90", "sm_100", "sm_120")
 _UNSPECIALISED = ["M", "R", "rows_per_group", "threshold"]
@@ -235,8 +233,7 @@ def _plan(
     M: int,
     N: int,
     K: int,
-    rank: tuple[int, int, int, float, int, float],
-    flags: tuple[bool, bool],
+    rank: RankTerm,
     strides: tuple[int, int, int] | None,
     transposed: bool,
     dtype: torch.dtype,
@@ -244,22 +241,13 @@ def _plan(
     programs: int,
 ) -> Plan:
     """Of either form: descriptors know their strides, and walk the tiles with a fixed number of programs."""
-    R, columns, groups, scale, threshold, keep_scale = rank
-    constants = {
-        "HAS_BIAS": flags[0],
-        "HAS_COEF": flags[1],
-        "HAS_ALPHA": groups > 0,
-        "DROPOUT": threshold != 0,
-        "PRECISION": dot_precision(dtype),
-        "BLOCK_R": rank_step(R),
-        **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"),
-    }
-    sizes, tail = (M, N, K, R, columns, M // max(groups, 1)), (scale, threshold, keep_scale)
+    constants = {**rank.constants(dtype), **tile.blocks("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")}
+    sizes = (M, N, K, *rank.sizes(M))
     tiles = cdiv(M, tile.BLOCK_M) * cdiv(N, tile.BLOCK_N)
     if strides is not None:
-        return Plan(_gemm_rank_kernel, (tiles,), (*sizes, *strides, *tail), constants)
+        return Plan(_gemm_rank_kernel, (tiles,), (*sizes, *strides, *rank.factors), constants)
     constants["B_IS_NK"] = transposed
-    return Plan(_gemm_rank_descriptor_kernel, (min(programs, tiles),), (*sizes, *tail), constants)
+    return Plan(_gemm_rank_descriptor_kernel, (min(programs, tiles),), (*sizes, *rank.factors), constants)
 
 
 def launch_gemm_rank(
@@ -287,16 +275,14 @@ def launch_gemm_rank(
     Returns:
         (M, N) in A's dtype.
     """
-    (M, K), (R, N) = A.shape, F.shape
+    (M, K), N = A.shape, F.shape[1]
     out = A.new_empty((M, N))
-    e, mask, scale = coef if coef is not None else (None, None, 1.0)
-    groups = 0 if alpha is None else alpha.numel()
-    flags = (bias is not None, coef is not None)
-    rank = (R, S.shape[1], groups, scale, *keep_arguments(seed, dropout_p))
+    e, mask = coef[:2] if coef is not None else (None, None)
+    rank = RankTerm.of(S, F, coef, alpha, bias, seed, dropout_p)
     tail = (S, F, e, mask, alpha, bias, seed)
     if descriptors:
         b_block = [tile.BLOCK_N, tile.BLOCK_K] if transposed else [tile.BLOCK_K, tile.BLOCK_N]
-        plan = _plan(M, N, K, rank, flags, None, transposed, A.dtype, tile, processors(A.device))
+        plan = _plan(M, N, K, rank, None, transposed, A.dtype, tile, processors(A.device))
         launch(
             plan,
             TensorDescriptor.from_tensor(A, [tile.BLOCK_M, tile.BLOCK_K]),
@@ -306,7 +292,7 @@ def launch_gemm_rank(
         )
         return out
     strides = (A.stride(0), *((1, weight.stride(0)) if transposed else (weight.stride(0), 1)))
-    launch(_plan(M, N, K, rank, flags, strides, transposed, A.dtype, tile, 0), A, weight, out, *tail)
+    launch(_plan(M, N, K, rank, strides, transposed, A.dtype, tile, 0), A, weight, out, *tail)
     return out
 
 

@@ -22,11 +22,9 @@ from .common import (
     Tile,
     cdiv,
     dot_precision,
-    keep_arguments,
-    rank_step,
 )
 from .launch import Plan, launch, planned
-from .tiles import add_rank_term, rank_term_types, traffic_rank_tile
+from .tiles import RankTerm, add_rank_term, rank_term_types, traffic_rank_tile
 
 
 @cache
@@ -104,33 +102,10 @@ def _rank_term_kernel(
 
 
 @planned
-def _plan(
-    M: int,
-    N: int,
-    R: int,
-    columns: int,
-    groups: int,
-    scale: float,
-    threshold: int,
-    keep_scale: float,
-    flags: tuple[bool, bool, bool],
-    dtype: torch.dtype,
-    tile: Tile,
-) -> Plan:
-    constants = {
-        "HAS_BASE": flags[0],
-        "HAS_BIAS": flags[1],
-        "HAS_COEF": flags[2],
-        "HAS_ALPHA": groups > 0,
-        "DROPOUT": threshold != 0,
-        "PRECISION": dot_precision(dtype),
-        "BLOCK_R": rank_step(R),
-        **tile.blocks("BLOCK_M", "BLOCK_N"),
-    }
+def _plan(M: int, N: int, rank: RankTerm, base: bool, dtype: torch.dtype, tile: Tile) -> Plan:
+    constants = {"HAS_BASE": base, **rank.constants(dtype), **tile.blocks("BLOCK_M", "BLOCK_N")}
     grid = (cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N))
-    return Plan(
-        _rank_term_kernel, grid, (M, N, R, columns, M // max(groups, 1), scale, threshold, keep_scale), constants
-    )
+    return Plan(_rank_term_kernel, grid, (M, N, *rank.sizes(M), *rank.factors), constants)
 
 
 def launch_rank_term(
@@ -146,12 +121,9 @@ def launch_rank_term(
     tile: Tile,
 ) -> None:
     """Fill ``out`` (M, N), contiguous; arguments as in ``launch_gemm_rank``."""
-    M, N = out.shape
-    e, mask, scale = coef if coef is not None else (None, None, 1.0)
-    groups = 0 if alpha is None else alpha.numel()
-    flags = (base is not None, bias is not None, coef is not None)
-    threshold, keep_scale = keep_arguments(seed, dropout_p)
-    plan = _plan(M, N, F.shape[0], S.shape[1], groups, scale, threshold, keep_scale, flags, out.dtype, tile)
+    e, mask = coef[:2] if coef is not None else (None, None)
+    rank = RankTerm.of(S, F, coef, alpha, bias, seed, dropout_p)
+    plan = _plan(out.shape[0], out.shape[1], rank, base is not None, out.dtype, tile)
     launch(plan, base, out, S, F, e, mask, alpha, bias, seed)
 
 

@@ -163,15 +163,17 @@ def launch_sum_partials(jobs: list[Job]) -> None:
             strided.append((own, acc))
         pointers += (job.part, job.out, acc)
     pointers += [None] * (3 * (MATRICES - len(matrices)))
-    launch(_plan(bool(vectors), tuple([job.shape for job in (*vectors, *matrices)])), *pointers)
+    launch(_plan(tuple([job.shape for job in (*vectors, *matrices)])), *pointers)
     for own, acc in strided:
         own.copy_(acc)
 
 
 @planned
-def _plan(has_vector: bool, shapes: tuple[tuple[int, int, int, int, int], ...]) -> Plan:
+def _plan(shapes: tuple[tuple[int, int, int, int, int], ...]) -> Plan:
+    """Of the vector, which has no columns, if there is one, then the matrices."""
     nothing = (0, 0, 0, 0, 0)
-    each = (*(() if has_vector else (nothing,)), *shapes)
+    has_vector = shapes[0][-1] == 0
+    each = shapes if has_vector else (nothing, *shapes)
     each += (nothing,) * (1 + MATRICES - len(each))
     numbers: list[int] = []
     for stride, numel, count0, count1, columns in each:

@@ -300,17 +300,16 @@ def project_backward(
     train_groups: int,
     path_start: int,
     needed: bool,
-) -> Tensor:
-    """``svd_project``'s backward."""
+) -> Tensor | None:
+    """``svd_project``'s backward; None where nothing is needed."""
     x2 = _aligned_rows(x)
     M = x2.shape[0]
     rows = Ranges.of(M, group_count(alpha, path_weight), train_groups, path_start)
     sampled = bool(path_Qs) and rows.has_path and path_weight is not None
     sizes = [Q.shape[0] for Q in Qs]
-    joint = x.new_empty((0,))
-    if needed:
-        joint = (torch.empty if M else torch.zeros)((sum(sizes), x2.shape[1]), dtype=Qs[0].dtype, device=x.device)
-    results = list(joint.split(sizes)) if needed else [None] * len(Qs)
+    make = torch.empty if M else torch.zeros
+    joint = make((sum(sizes), x2.shape[1]), dtype=Qs[0].dtype, device=x.device) if needed else None
+    results = [None] * len(Qs) if joint is None else list(joint.split(sizes))
     busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and M] if needed or sampled else []
     together = projection.members(block_rank(max(Q.shape[0] for Q in Qs)))
     for start in range(0, len(busy), together):

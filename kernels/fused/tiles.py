@@ -1,15 +1,19 @@
 """Pieces of kernels that several families share: the tile of kept entries, the triplets' coefficients, the rank term.
 
-Specimens and traffic functions of the kernels that add the rank term take their common share from here, too.
+Plans, specimens and traffic functions of the kernels that add the rank term take their common share from here, too.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..traffic import Traffic
-from .common import Tile, cdiv, padded_rank, rank_step
+from .common import Tile, cdiv, dot_precision, keep_arguments, padded_rank, rank_step
 
 
 @triton.jit
@@ -129,6 +133,55 @@ def add_rank_term(
     if HAS_BIAS:
         term += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     return term
+
+
+class RankTerm(NamedTuple):
+    """What a launch's plan depends on for its rank term; ``groups`` counts alphas, 0 without."""
+
+    R: int
+    columns: int
+    groups: int
+    scale: float
+    threshold: int
+    keep_scale: float
+    bias: bool
+    coef: bool
+
+    @classmethod
+    def of(
+        cls,
+        S: Tensor,
+        F: Tensor,
+        coef: tuple[Tensor, Tensor, float] | None,
+        alpha: Tensor | None,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        dropout_p: float,
+    ) -> RankTerm:
+        """From a launcher's arguments."""
+        groups, scale = 0 if alpha is None else alpha.numel(), 1.0 if coef is None else coef[2]
+        drop = keep_arguments(seed, dropout_p)
+        return cls(F.shape[0], S.shape[1], groups, scale, *drop, bias is not None, coef is not None)
+
+    def sizes(self, M: int) -> tuple[int, int, int]:
+        """R, S_COLS, rows_per_group."""
+        return self.R, self.columns, M // max(self.groups, 1)
+
+    @property
+    def factors(self) -> tuple[float, int, float]:
+        """scale, threshold, keep_scale."""
+        return self.scale, self.threshold, self.keep_scale
+
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The constexpr arguments of :func:`add_rank_term` but for BLOCK_N."""
+        return {
+            "HAS_BIAS": self.bias,
+            "HAS_COEF": self.coef,
+            "HAS_ALPHA": self.groups > 0,
+            "DROPOUT": self.threshold != 0,
+            "PRECISION": dot_precision(dtype),
+            "BLOCK_R": rank_step(self.R),
+        }
 
 
 def rank_term_types(name: str) -> dict[str, str]:
