@@ -1,4 +1,4 @@
-"""Packaging of igulora. The kernels lie in kernels/ and install as igulora.kernels, never as a top-level `kernels`."""
+"""Packaging of igulora. kernels/ and benchmarks/ install as igulora.kernels and igulora.benchmarks, never as top-level packages."""
 
 from pathlib import Path
 
@@ -22,8 +22,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["igulora", "igulora.*"]), "igulora.kernels", "igulora.kernels.fused"],
-    package_dir={"igulora": "igulora", "igulora.kernels": "kernels"},
+    packages=[
+        *find_packages(include=["igulora", "igulora.*"]),
+        *("igulora.kernels", "igulora.kernels.fused"),
+        *("igulora.benchmarks", "igulora.benchmarks.methods"),
+    ],
+    package_dir={"igulora": "igulora", "igulora.kernels": "kernels", "igulora.benchmarks": "benchmarks"},
     package_data={"igulora": ["py.typed"]},
     install_requires=[
         "torch>=2.11",

@@ -19,9 +19,9 @@ from unittest import mock
 
 import torch
 from gpu_machine import Clock, Deadline, Setting, shapes
-from run import quartiles
 from torch import Tensor
 
+from igulora.benchmarks.ratios import quartiles
 from igulora.kernels import allocate_triplets, importance_update, orthogonality_grad_, svd_linear
 from igulora.kernels.backend import use_backend
 from igulora.kernels.importance import row_table

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from gpu_kernels import candidates, fused_modules
 from gpu_machine import Clock, Deadline, Setting, shapes
-from run import quartiles
 from torch import Tensor, nn
 
 from igulora import FusedSVDLinear
+from igulora.benchmarks.ratios import quartiles
 from igulora.kernels.backend import use_backend
 from igulora.kernels.tuning import tune
 

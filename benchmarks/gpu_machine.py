@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import quartiles
 from torch import Tensor
 
+from igulora.benchmarks.ratios import quartiles
 from igulora.kernels.backend import ReferenceWarning, interpreting, runs_fused
 
 HERE = Path(__file__).resolve().parent

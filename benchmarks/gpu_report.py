@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from render import table
+from pages import table
 
 Items = dict[str, dict[str, Any]]
 

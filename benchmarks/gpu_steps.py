@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from baselines import Batch, Floor, Igulora, Instantaneous, Method, PeftAdaLora, PeftLora
-from cases import Case
 from gpu_layers import tuned
 from gpu_machine import Clock, Deadline, Setting, Times
-from run import check_start, paired_ratios, quartiles
 from torch import Tensor, nn
 
+from igulora.benchmarks.cases import Case
+from igulora.benchmarks.methods import Batch, Floor, Igulora, Instantaneous, Method, PeftAdaLora, PeftLora
+from igulora.benchmarks.ratios import paired_ratios, quartiles
+from igulora.benchmarks.runner import check_start
 from igulora.kernels import allocate_triplets, importance_update, orthogonality_grad_
 from igulora.kernels.backend import use_backend
 

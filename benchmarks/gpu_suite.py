@@ -144,7 +144,8 @@ def importable(folder: Path) -> dict[str, str]:
         package.mkdir()
         for entry in (HERE.parent / "igulora").iterdir():
             (package / entry.name).symlink_to(entry)
-        (package / "kernels").symlink_to(HERE.parent / "kernels")
+        for name in ("kernels", "benchmarks"):
+            (package / name).symlink_to(HERE.parent / name)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), environment.get("PYTHONPATH"))))
     # Choices are measured anew: a result must not depend on what this machine happened to keep.
     environment["IGULORA_CACHE_DIR"] = str(folder / "choices")

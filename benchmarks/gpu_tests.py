@@ -33,6 +33,12 @@ _INTERPRETED = (
 )  # they count loads and stores, which only Triton's interpreter can
 _TEXT = 4000  # characters of a failure's report that are kept
 _GRACE = 10  # seconds that pytest has to write its report once it was interrupted
+# A shell's background jobs ignore interrupts, and so do their children unless they say otherwise.
+_PYTEST = """import signal, sys
+import pytest
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 
 
 def files(setting: Setting) -> list[Path]:
@@ -61,7 +67,7 @@ class _Run:
         self.file = file
         self.report = folder / f"{file.parent.name}-{file.stem}.xml"
         self.output = folder / f"{file.parent.name}-{file.stem}.txt"
-        command = [sys.executable, "-c", "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"]
+        command = [sys.executable, "-c", _PYTEST]
         command += [str(file), "-q", "--maxfail=20", "--tb=short", "-p", "no:cacheprovider"]
         command += ["-k", "waits or errors"] if setting.tiny else []
         command += [f"--junitxml={self.report}", f"--rootdir={ROOT}"]

@@ -6,8 +6,9 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from cases import Case, ModelCase
 from torch import Tensor, nn
+
+from .cases import Case, ModelCase
 
 
 def load_model(model: ModelCase) -> nn.Module:

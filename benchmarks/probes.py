@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from run import RESULTS, machine, versions
 from torch import Tensor
 
+from igulora.benchmarks.machine import RESULTS, machine, versions
 from igulora.kernels import importance_update
 
 ROWS, RANK, LAYERS, REPEATS = (512, 2048), 32, 30, 15

@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cases import TARGETS, Target
+from igulora.benchmarks.cases import TARGETS, Target
+from igulora.benchmarks.pages import replace, table
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+MARKERS = ("<!-- benchmark:begin -->", "<!-- benchmark:end -->")
 NOTHING = (
     "Nothing has been measured yet: `make bench` writes a result file, `python benchmarks/render.py` this table.\n"
 )
@@ -49,12 +50,6 @@ def cell(value: dict[str, float] | None, limit: float | None) -> str:
 def shape(result: dict[str, Any]) -> str:
     """Batch shape, as a column title."""
     return f"{result['case']['rows']}×{result['case']['length']}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, the first column left-aligned and the others right-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def setting(record: dict[str, Any]) -> str:
@@ -179,20 +174,6 @@ def probes_table(root: Path) -> str:
     return f"{head}\n{table(['what', 'ratio', 'compared with, ms'], rows)}"
 
 
-def replace(file: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
-    """Put ``text`` between the markers of ``file``.
-
-    Raises:
-        ValueError: the file lacks a marker.
-    """
-    old = file.read_text(encoding="utf-8")
-    begin, end = markers
-    if begin not in old or end not in old:
-        raise ValueError(f"expected the markers {begin} and {end} in {file}; put them where the table belongs")
-    before, _, rest = old.partition(begin)
-    file.write_text(f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}", encoding="utf-8")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Render the newest result file, or the one named."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -206,10 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     file = options.file or (files[-1] if files else None)
     record = json.loads(file.read_text(encoding="utf-8")) if file else None
-    replace(options.root / "README.md", setting(record) + "\n" + targets_table(record) if record else NOTHING)
-    replace(
-        options.root / "benchmarks" / "README.md", details(record) + "\n" + probes_table(HERE) if record else NOTHING
-    )
+    summary = setting(record) + "\n" + targets_table(record) if record else NOTHING
+    replace(options.root / "README.md", summary, MARKERS)
+    page = details(record) + "\n" + probes_table(HERE) if record else NOTHING
+    replace(options.root / "benchmarks" / "README.md", page, MARKERS)
     return 0
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from render import replace, table
+from pages import replace, table
 
 HERE = Path(__file__).resolve().parent
 README, KERNELS = HERE.parent / "README.md", HERE.parent / "kernels" / "README.md"

@@ -99,7 +99,7 @@ def test_every_subpackage_goes_into_the_wheel(tmp_path: Path) -> None:
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for folder in ("igulora", "kernels"):
+    for folder in ("igulora", "kernels", "benchmarks"):
         for file in (ROOT / folder).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts:
                 target = source / file.relative_to(ROOT)
@@ -122,5 +122,7 @@ def test_every_subpackage_goes_into_the_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("igulora-*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
     wanted = {str(f.relative_to(ROOT)) for f in (ROOT / "igulora").rglob("*.py")}
-    wanted |= {f"igulora/{f.relative_to(ROOT)}" for f in (ROOT / "kernels").rglob("*.py")}
+    wanted |= {
+        f"igulora/{f.relative_to(ROOT)}" for name in ("kernels", "benchmarks") for f in (ROOT / name).rglob("*.py")
+    }
     assert held == wanted

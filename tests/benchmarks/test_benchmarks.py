@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from igulora.benchmarks import cases, render
+from igulora.benchmarks.memory import peak_memory
+from igulora.benchmarks.ratios import paired_ratios
+from igulora.measure.counting import Counting
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 METHODS = ("floor", "instantaneous", "default", "peft-lora", "peft-adalora")
-SCRIPTS = ("baselines", "cases", "counting", "memory", "models", "render", "run")
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The benchmark's modules, imported as the scripts import one another."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield {name: importlib.import_module(name) for name in SCRIPTS}
-    for name in SCRIPTS:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +26,8 @@ def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bench") / "result.json"
     command = [
         sys.executable,
-        FOLDER / "run.py",
+        "-m",
+        "igulora.benchmarks.runner",
         "--model",
         "tiny",
         "--methods",
@@ -73,25 +66,23 @@ def test_a_run_measures_every_method(record_file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_tables_are_written_between_the_markers(
-    record_file: Path, scripts: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_tables_are_written_between_the_markers(record_file: Path, tmp_path: Path) -> None:
     root = FOLDER.parent
     (tmp_path / "benchmarks").mkdir()
     for name in ("README.md", "benchmarks/README.md"):
         shutil.copy(root / name, tmp_path / name)
-    assert scripts["render"].main([str(record_file), "--root", str(tmp_path)]) == 0
+    assert render.main([str(record_file), "--root", str(tmp_path)]) == 0
     for name in ("README.md", "benchmarks/README.md"):
         written, original = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, root))
         assert "4×16" in written
-        assert all(target.what in written for target in scripts["cases"].TARGETS)
-        begin, end = scripts["render"].BEGIN, scripts["render"].END
+        assert all(target.what in written for target in cases.TARGETS)
+        begin, end = render.MARKERS
         assert written.partition(begin)[0] == original.partition(begin)[0]
         assert written.partition(end)[2] == original.partition(end)[2]
 
 
-def test_a_missed_target_says_by_how_much(scripts: dict[str, ModuleType]) -> None:
-    cell = scripts["render"].cell
+def test_a_missed_target_says_by_how_much() -> None:
+    cell = render.cell
     assert cell({"median": 1.17, "q1": 1.15, "q3": 1.2}, 1.18) == "1.17 [1.15–1.20]"
     assert cell({"median": 1.298, "q1": 1.28, "q3": 1.31}, 1.18) == "1.30 [1.28–1.31], missed by 10%"
     assert cell({"median": 12}, 10) == "12, missed"
@@ -99,9 +90,9 @@ def test_a_missed_target_says_by_how_much(scripts: dict[str, ModuleType]) -> Non
     assert cell(None, 1.0) == "not measured"
 
 
-def test_ratios_are_paired_by_round(scripts: dict[str, ModuleType]) -> None:
+def test_ratios_are_paired_by_round() -> None:
     times = {"floor": [1.0, 2.0, 4.0], "ours": [1.5, 3.0, 6.0], "ours:plain": [1.0, 2.0, 4.0]}
-    ratios = scripts["run"].paired_ratios(times)
+    ratios = paired_ratios(times)
     assert ratios["ours/floor"] == {"median": 1.5, "q1": 1.5, "q3": 1.5}
     assert ratios["ours/without-path"]["median"] == 1.5
 
@@ -134,16 +125,16 @@ class _Adds:
         pass
 
 
-def test_memory_is_what_was_allocated(scripts: dict[str, ModuleType]) -> None:
+def test_memory_is_what_was_allocated() -> None:
     batch = {"x": torch.ones(1_000_000)}
-    measured = scripts["memory"].peak_memory(_Adds, torch.nn.Linear(1, 1), batch, batch)
+    measured = peak_memory(_Adds, torch.nn.Linear(1, 1), batch, batch)
     assert measured["held"] == 6_000_000
     assert measured["saved"] == 4_000_000
     assert measured["peak"] == pytest.approx(14_000_000, rel=1e-3)
 
 
-def test_views_and_empty_tensors_are_no_launches(scripts: dict[str, ModuleType]) -> None:
-    counting = scripts["counting"].Counting()
+def test_views_and_empty_tensors_are_no_launches() -> None:
+    counting = Counting()
     x, mask = torch.ones(4, 4), torch.tensor([True, False])
     with counting:
         torch.empty(3)
@@ -154,8 +145,8 @@ def test_views_and_empty_tensors_are_no_launches(scripts: dict[str, ModuleType])
     assert set(counting.syncs) == {"aten::_local_scalar_dense", "aten::index"}
 
 
-def test_numbers_drawn_on_the_host_are_neither_launches_nor_syncs(scripts: dict[str, ModuleType]) -> None:
-    counting, generator = scripts["counting"].Counting(), torch.Generator().manual_seed(0)
+def test_numbers_drawn_on_the_host_are_neither_launches_nor_syncs() -> None:
+    counting, generator = Counting(), torch.Generator().manual_seed(0)
     with counting:
         drawn = torch.randint(5, (), generator=generator)
         assert (drawn + 1).item() > 0

@@ -1,8 +1,8 @@
 """Times a whole training step: ours, PEFT's LoRA and AdaLoRA, and the frozen floor; paired, interleaved, one process.
 
-    python benchmarks/run.py                    # the registry's cases on the real model, about 15 minutes on two cores
-    python benchmarks/run.py --quick            # fewer repetitions, the short batch only
-    python benchmarks/run.py --model tiny       # seconds; shows that everything runs, says nothing about speed
+    make bench                                 # the registry's cases on the real model, about 15 minutes on two cores
+    make bench ARGS="--quick"                   # fewer repetitions, the short batch only
+    make bench ARGS="--model tiny"              # seconds; shows that everything runs, says nothing about speed
 
 Every round runs each method once, forwards and backwards in turn; what counts is the ratio of two methods within a
 round, its median and quartiles over the rounds. Results are checked before anything is timed: a fresh adapter must
@@ -16,12 +16,9 @@ import copy
 import dataclasses
 import datetime
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -30,18 +27,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from baselines import DEFAULT_METHODS, METHODS, Method
-from cases import CASES, MODELS, Case
-from counting import count_step
-from memory import peak_memory
-from models import load_model, make_batch, small_batch
 from torch import Tensor, nn
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from .cases import CASES, MODELS, Case
+from .counts import count_step
+from .machine import RESULTS, machine, versions
+from .memory import peak_memory
+from .methods import DEFAULT_METHODS, METHODS, Method
+from .models import load_model, make_batch, small_batch
+from .ratios import Times, paired_ratios, quartiles
+
 FORMAT = 1
-Times = dict[str, list[float]]
 
 
 def build(name: str, model: nn.Module, case: Case) -> Method:
@@ -112,26 +109,6 @@ def measure(
     return times
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(median), "q1": float(low), "q3": float(high)}
-
-
-def paired_ratios(
-    times: Times, denominators: tuple[str, ...] = ("floor", "peft-lora", "peft-adalora")
-) -> dict[str, dict[str, float]]:
-    """Quartiles of the ratios, round by round, of every series to every baseline, as ``"a/b"``."""
-    pairs = [(a, b) for b in denominators if b in times for a in times if a != b]
-    pairs += [(a, f"{a}:plain") for a in times if f"{a}:plain" in times]
-    return {
-        f"{a}/{'without-path' if b.endswith(':plain') else b}": quartiles(
-            [x / y for x, y in zip(times[a], times[b], strict=True)]
-        )
-        for a, b in pairs
-    }
-
-
 def operator_profile(method: Method, batch: dict[str, Tensor], top: int = 14) -> list[dict[str, Any]]:
     """Where a step's time goes: self time of its most expensive operators, in milliseconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
@@ -182,33 +159,6 @@ def run_case(
         }
     result["counts"] = {name: count_step(method, small) for name, method in methods.items() if name != "floor"}
     return result
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    model, flags = platform.processor() or platform.machine(), set()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        text = cpuinfo.read_text(encoding="utf-8")
-        model = (re.search(r"model name\s*:\s*(.+)", text) or [None, model])[1]
-        flags = set((re.search(r"flags\s*:\s*(.+)", text) or [None, ""])[1].split())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "bf16": sorted(flags & {"avx512_bf16", "amx_bf16", "avx512f", "avx2"}),
-        "memory_gib": round(memory / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what takes part, and the commit of this repository."""
-    found = {name: importlib.metadata.version(name) for name in ("igulora", "torch", "transformers", "peft", "numpy")}
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found | {"commit": git.stdout.strip() or "unknown"}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

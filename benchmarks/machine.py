@@ -1,0 +1,40 @@
+"""What a run was measured on: machine and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model, flags = platform.processor() or platform.machine(), set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        text = cpuinfo.read_text(encoding="utf-8")
+        model = (re.search(r"model name\s*:\s*(.+)", text) or [None, model])[1]
+        flags = set((re.search(r"flags\s*:\s*(.+)", text) or [None, ""])[1].split())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "bf16": sorted(flags & {"avx512_bf16", "amx_bf16", "avx512f", "avx2"}),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part, and the commit of this repository."""
+    found = {name: importlib.metadata.version(name) for name in ("igulora", "torch", "transformers", "peft", "numpy")}
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found | {"commit": git.stdout.strip() or "unknown"}

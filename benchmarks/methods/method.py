@@ -1,0 +1,103 @@
+"""What a method is to the suite: it takes a copy of the frozen model and knows how to take one training step; and the floor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..cases import Case
+
+Batch = dict[str, Tensor]
+
+
+class Method:
+    """One way to train. ``step`` is what is timed; its parts are separate so that their launches can be counted apart.
+
+    Attributes:
+        name: key of :data:`METHODS`.
+        title: for tables.
+        adaptive: whether it prunes, so that the check after the runs can ask for it.
+    """
+
+    name: str
+    title: str
+    adaptive = False
+    optimizer: torch.optim.Optimizer | None = None
+
+    def __init__(self, model: nn.Module, case: Case) -> None:
+        self.case = case
+        self.model = model
+
+    def _optimize(self, params: object) -> None:
+        self.optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
+
+    def bare(self, batch: Batch) -> Tensor:
+        """Forward and backward of the adapted model, without regulariser and path rows."""
+        loss = self.model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Everything that produces the gradients of a step."""
+        return self.bare(batch)
+
+    def book(self) -> None:
+        """Scores, schedule and masks."""
+
+    def step(self, batch: Batch) -> Tensor:
+        """One whole training step; returns the loss, detached."""
+        loss = self.backward(batch)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.book()
+        self.zero_grad()
+        return loss
+
+    def zero_grad(self) -> None:
+        """Clear the gradients of a step."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def make_gradients(self) -> None:
+        """Zero gradients, so that autograd adds to them in each of two passes whose launches are compared."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def prepare(self, small: Batch) -> None:
+        """Bring the schedule into its pruning phase, with cheap steps."""
+        for _ in range(4):
+            self.step(small)
+
+    def kinds(self) -> dict[str, float]:
+        """The kinds of step there are, with their share among all steps."""
+        return {"step": 1.0}
+
+    def seek(self, kind: str, small: Batch) -> None:
+        """Take cheap steps until the next one is of ``kind``."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """What the model says, for the check that a fresh adapter changes nothing."""
+        with torch.no_grad():
+            return self.model(input_ids=batch["input_ids"]).logits
+
+    def trainable(self) -> int:
+        """How many parameters are trained."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def live(self) -> int | None:
+        """How many triplets are live, or None where there is no such thing."""
+        return None
+
+
+class Floor(Method):
+    """Forward and input gradient of the frozen model: what no adapter can do without."""
+
+    name = "floor"
+    title = "frozen model, forward + input gradient (floor)"
+
+    def bare(self, batch: Batch) -> Tensor:
+        embedded = self.model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+        loss = self.model(inputs_embeds=embedded, labels=batch["labels"]).loss
+        loss.backward()
+        return loss.detach()

@@ -1,0 +1,99 @@
+"""igulora's own methods. They allocate at every step, as PEFT's AdaLoRA does, so that every step that is timed does all of the work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+import igulora
+
+from ..cases import Case
+from .method import Batch, Method
+
+
+class Igulora(Method):
+    """Ours. Steps differ in kind: with or without path rows, with or without a score update."""
+
+    name = "default"
+    title = "igulora, default estimator, averaged over a scoring window"
+    adaptive = True
+    options: ClassVar[dict[str, object]] = {}
+
+    def __init__(self, model: nn.Module, case: Case) -> None:
+        window = igulora.IGUConfig(total_steps=case.total_steps, **self.options).window
+        self.config = igulora.IGUConfig(
+            r=case.rank,
+            target_rank=case.target_rank,
+            total_steps=case.total_steps,
+            t_init=3 * window,
+            t_final=case.total_steps // 4,
+            delta_t=1,
+            **self.options,
+        )
+        super().__init__(igulora.adapt(model, self.config), case)
+        self._optimize(igulora.param_groups(self.model, lr=1e-4))
+        self.controller = igulora.Controller(self.model)
+        self._rows: list[int] = []
+
+    def _loss(self, batch: Batch) -> Tensor:
+        self._rows.append(batch["input_ids"].shape[0])
+        return self.model(**batch).loss
+
+    def backward(self, batch: Batch) -> Tensor:
+        return self.controller.backward(self._loss, batch)
+
+    def book(self) -> None:
+        self.controller.step()
+
+    def make_gradients(self) -> None:
+        """The controller makes them, as views of one buffer; what is left to do is to clear those that a pass left."""
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def prepare(self, small: Batch) -> None:
+        """Four windows: three precede the first allocation, the last shows where in a window path rows come."""
+        self._rows.clear()
+        for _ in range(4 * self.config.window):
+            self.step(small)
+
+    def _kind(self, position: int) -> str:
+        last_window = self._rows[3 * self.config.window : 4 * self.config.window]
+        path = last_window[position] > self.case.rows
+        scored = position == self.config.window - 1
+        return ("path" if path else "plain") + ("+score" if scored else "")
+
+    def kinds(self) -> dict[str, float]:
+        counts = Counter(self._kind(position) for position in range(self.config.window))
+        return {kind: count / self.config.window for kind, count in counts.items()}
+
+    def seek(self, kind: str, small: Batch) -> None:
+        while self._kind(len(self._rows) % self.config.window) != kind:
+            self.step(small)
+
+    def live(self) -> int | None:
+        return sum(self.controller.live_ranks().values())
+
+
+class Instantaneous(Igulora):
+    """Ours without path rows, scoring at every step."""
+
+    name = "instantaneous"
+    title = "igulora, no path rows (`instantaneous`), scores every step"
+    options: ClassVar[dict[str, object]] = {"estimator": "instantaneous", "window": 1}
+
+
+class OnPath(Igulora):
+    """Ours with the release's estimator: the training pass itself runs at a random point of the path."""
+
+    name = "on-path"
+    title = "igulora, `on-path`, scores every step"
+    options: ClassVar[dict[str, object]] = {"estimator": "on-path", "window": 1}
+
+
+class AsAdaLora(Igulora):
+    """Ours in its AdaLoRA setting."""
+
+    name = "adalora"
+    title = 'igulora, `method="adalora"`'
+    options: ClassVar[dict[str, object]] = {"method": "adalora"}
