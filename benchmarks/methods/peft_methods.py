@@ -4,13 +4,23 @@ to fp32 for them (``autocast_adapter_dtype=True``), for AdaLoRA a regulariser of
 
 from __future__ import annotations
 
+import importlib.util
+
 from torch import Tensor, nn
 
 from ..cases import Case
 from .method import Batch, Method
 
 
-class PeftLora(Method):
+class _Peft(Method):
+    @classmethod
+    def available(cls) -> str | None:
+        if importlib.util.find_spec("peft") is None:
+            return "the package peft is not installed; pip install 'igulora[bench]'"
+        return None
+
+
+class PeftLora(_Peft):
     """PEFT's LoRA on all linear layers."""
 
     name = "peft-lora"
@@ -24,7 +34,7 @@ class PeftLora(Method):
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
 
 
-class PeftAdaLora(Method):
+class PeftAdaLora(_Peft):
     """PEFT's AdaLoRA on all linear layers, stepped as its documentation says."""
 
     name = "peft-adalora"
