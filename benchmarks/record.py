@@ -63,6 +63,20 @@ def read(file: Path) -> dict[str, Any]:
     return record
 
 
+def newest(folder: Path) -> Path:
+    """The file with the latest date in ``folder``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    files = sorted(
+        folder.glob("*.json"), key=lambda file: (json.loads(file.read_text(encoding="utf-8"))["date"], file.name)
+    )
+    if not files:
+        raise FileNotFoundError(f"expected a result file in {folder}, found none; measure first")
+    return files[-1]
+
+
 def check_same_place(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Raise unless two records come from one machine with one set of versions and threads (the commit may differ).
 

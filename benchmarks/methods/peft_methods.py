@@ -29,7 +29,9 @@ class PeftLora(_Peft):
     def __init__(self, model: nn.Module, case: Case) -> None:
         import peft
 
-        config = peft.LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=case.rank, lora_alpha=case.rank, target_modules=case.target_modules, task_type="CAUSAL_LM"
+        )
         super().__init__(peft.get_peft_model(model, config), case)
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
 
@@ -49,7 +51,7 @@ class PeftAdaLora(_Peft):
             target_r=case.target_rank,
             lora_alpha=case.rank,
             total_step=case.total_steps,
-            target_modules="all-linear",
+            target_modules=case.target_modules,
             task_type="CAUSAL_LM",
         )
         super().__init__(peft.get_peft_model(model, config), case)
