@@ -17,16 +17,23 @@ class Method:
         name: key of :data:`METHODS`.
         title: for tables.
         adaptive: whether it prunes, so that the check after the runs can ask for it.
+        starts_as_base: whether a fresh adapter leaves the model's outputs as they are.
     """
 
     name: str
     title: str
     adaptive = False
+    starts_as_base = True
     optimizer: torch.optim.Optimizer | None = None
 
     def __init__(self, model: nn.Module, case: Case) -> None:
         self.case = case
         self.model = model
+
+    @classmethod
+    def available(cls) -> str | None:
+        """None where the method can run, else why it cannot and how to install it."""
+        return None
 
     def _optimize(self, params: object) -> None:
         self.optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
