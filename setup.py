@@ -28,7 +28,7 @@ setup(
         *("igulora.benchmarks", "igulora.benchmarks.methods"),
     ],
     package_dir={"igulora": "igulora", "igulora.kernels": "kernels", "igulora.benchmarks": "benchmarks"},
-    package_data={"igulora": ["py.typed"]},
+    package_data={"igulora": ["py.typed"], "igulora.benchmarks": ["configs/*.json"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

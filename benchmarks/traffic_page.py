@@ -10,38 +10,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from igulora.kernels.fused.layer_traffic import backward_traffic, forward_traffic
 from igulora.kernels.traffic import Traffic
+from igulora.measure import roofline
+from igulora.measure.roofline import SUSTAINED, Card
 
 PAGE = Path(__file__).resolve().parents[1] / "kernels" / "README.md"
 BEGIN, END = "<!-- traffic:begin -->", "<!-- traffic:end -->"
 M, WIDTH, RANK, ITEMSIZE = 8192, 4096, 32, 2
-# Share of the dense peak that a library's base product of this size is taken to sustain; bandwidth is taken at its peak.
-SUSTAINED = 0.8
 LIMITS = {"forward": 0.06, "backward": 0.12}
 
 
-@dataclass(frozen=True)
-class Card:
-    """Published figures: memory bandwidth in TB/s, dense bf16 rate with float32 accumulation in TFLOP/s, L2 cache in MB."""
-
-    name: str
-    family: str
-    processors: int
-    bandwidth: float
-    rate: float
-    cache: int
-
-
-CARDS = (
-    Card("A100 SXM 80 GB", "sm_80", 108, 2.039, 312.0, 40),
-    Card("H100 SXM", "sm_90", 132, 3.35, 989.4, 50),
-    Card("H200 SXM", "sm_90", 132, 4.8, 989.4, 50),
-    Card("RTX 4090", "sm_86", 128, 1.008, 165.2, 72),
-)
+CARDS = tuple(roofline.CARDS[name] for name in ("A100 SXM 80 GB", "H100 SXM", "H200 SXM", "RTX 4090"))
 
 
 def launches(card: Card, form: str, sharing: int) -> dict[str, dict[str, Traffic]]:

@@ -12,6 +12,11 @@ from ..cases import Case
 from .method import Batch, Method
 
 
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's wrapper for language models; any other model gets the plain one, which trains no head."""
+    return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+
+
 class _Peft(Method):
     @classmethod
     def available(cls) -> str | None:
@@ -30,7 +35,7 @@ class PeftLora(_Peft):
         import peft
 
         config = peft.LoraConfig(
-            r=case.rank, lora_alpha=case.rank, target_modules=case.target_modules, task_type="CAUSAL_LM"
+            r=case.rank, lora_alpha=case.rank, target_modules=case.target_modules, task_type=_task_type(model)
         )
         super().__init__(peft.get_peft_model(model, config), case)
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
@@ -52,7 +57,7 @@ class PeftAdaLora(_Peft):
             lora_alpha=case.rank,
             total_step=case.total_steps,
             target_modules=case.target_modules,
-            task_type="CAUSAL_LM",
+            task_type=_task_type(model),
         )
         super().__init__(peft.get_peft_model(model, config), case)
         self._optimize([p for p in self.model.parameters() if p.requires_grad])

@@ -168,19 +168,20 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
 
-def _is_fused(short: str) -> bool:
-    return short.startswith(("_foreach_", "_fused_"))
+def multi_tensor_lists(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[list[Tensor]]:
+    """The lists of tensors that a multi-tensor kernel walks, result included; none for any other operator.
 
-
-def _lists(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> list[list[Tensor]]:
-    """The lists of full tensors that a multi-tensor kernel walks; an optimizer's step counters travel apart."""
+    An optimizer's step counters travel apart from its lists, and a list that is empty does not count.
+    """
+    short = func._schema.name.split("::")[1]
+    if not short.startswith(("_foreach_", "_fused_")):
+        return []
     names = [a.name for a in func._schema.arguments]
     given = [*zip(names, args, strict=False), *kwargs.items()]
     lists = [tensors_in(v) for name, v in given if isinstance(v, (list, tuple)) and name != "state_steps"]
-    lists = [found for found in lists if found]
-    if isinstance(out, (list, tuple)) and out and isinstance(out[0], Tensor) and not func._schema.is_mutable:
-        lists.append(list(out))
-    return lists
+    if isinstance(out, (list, tuple)) and not func._schema.is_mutable:
+        lists.append(tensors_in(out))
+    return [found for found in lists if found]
 
 
 def aten_cost(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Cost:
@@ -193,10 +194,8 @@ def aten_cost(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     short = func._schema.name.split("::")[1]
     if func.is_view or short in FREE:
         return Cost()
-    launches = 1
-    if _is_fused(short):
-        lists = _lists(func, args, kwargs, out)
-        launches = multi_tensor_launches([t.numel() for t in lists[0]], len(lists)) if lists else 0
+    lists = multi_tensor_lists(func, args, kwargs, out)
+    launches = multi_tensor_launches([t.numel() for t in lists[0]], len(lists)) if lists else 1
     read, written = _moved(func, short, args, kwargs, out)
     return Cost(launches, read, written, flops_of(func, args, kwargs, out))
 

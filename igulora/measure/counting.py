@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .costs import FREE, Cost, tensors_in
+from .costs import FREE, Cost, multi_tensor_launches, multi_tensor_lists, tensors_in
 from .operators import Architecture, cost_of
 
 # Operators that hand a value to the host, or whose result's shape depends on values.
@@ -25,6 +26,20 @@ HOST_METHODS = {Tensor.tolist: "Tensor.tolist", Tensor.cpu: "Tensor.cpu", Tensor
 WHOLE = "step"
 # A pass of path rows alone has no products of another part.
 PATH_PASS = "path pass"
+
+
+class MultiTensor(NamedTuple):
+    """A call of a multi-tensor operator: its part, name, how many lists it walks, and the sizes of their tensors."""
+
+    part: str
+    operator: str
+    lists: int
+    sizes: tuple[int, ...]
+
+    @property
+    def launches(self) -> int:
+        """Of kernels."""
+        return multi_tensor_launches(self.sizes, self.lists)
 
 
 class Counting(TorchDispatchMode):
@@ -44,6 +59,8 @@ class Counting(TorchDispatchMode):
         launches: calls by operator, one of igulora's counting once, whatever its kernels.
         syncs: waits for the device, by operator or method; ``syncs_by_part``: the same by part.
         costs: by part; here ``launches`` are those of kernels.
+        calls: how often a cost occurred, by part, operator and the cost of one call's share in that part.
+        multi_tensor: the calls of multi-tensor operators, whose launches do not grow evenly with a model.
     """
 
     def __init__(
@@ -57,11 +74,15 @@ class Counting(TorchDispatchMode):
         self._device = torch.device(device).type
         self._where = where
         self._host: dict[int, UntypedStorage] = {}
+        self._copies = WeakTensorKeyDictionary()
         self._methods = _HostMethods(self)
+        self.in_method = False  # its copy is the method's, which is counted already
         self.launches: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
         self.syncs_by_part: Counter[str] = Counter()
         self.costs: dict[str, Cost] = {}
+        self.calls: Counter[tuple[str, str, Cost]] = Counter()
+        self.multi_tensor: list[MultiTensor] = []
 
     def __enter__(self) -> Counting:
         self._methods.__enter__()
@@ -77,15 +98,11 @@ class Counting(TorchDispatchMode):
         """Of all parts."""
         return sum(self.costs.values(), Cost())
 
-    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator; a subclass may answer in its stead."""
-        return func(*args, **kwargs)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
         short = name.split("::")[1]
-        result = self.run(func, args, kwargs)
+        result = func(*args, **kwargs)
         given = tensors_in((args, kwargs))
         if not given and not tensors_in(result):
             return result  # a mark for the profiler
@@ -94,13 +111,19 @@ class Counting(TorchDispatchMode):
                 self._mark(tensor)
             return result
         part = WHOLE if self._part is None else self._part()
-        if short in SYNCS or _masks_by_index(short, args) or self._leaves_device(short, given, result, kwargs):
-            self.sync(name, part)
+        leaves = self._leaves_device(short, given, result, kwargs)
+        if short in SYNCS or _masks_by_index(short, args) or leaves:
+            if not (leaves and self.in_method):
+                self.sync(name, part)
         elif not func.is_view and short not in FREE and not self._enters_device(short, given, result):
             self.launches[name] += 1
             for own, cost in cost_of(func, args, kwargs, result, self._where).items():
                 key = part if self._part is None or part == PATH_PASS else own or part
                 self.costs[key] = self.costs.get(key, Cost()) + cost
+                self.calls[key, name, cost] += 1
+            lists = multi_tensor_lists(func, args, kwargs, result)
+            if lists:
+                self.multi_tensor.append(MultiTensor(part, name, len(lists), tuple(t.numel() for t in lists[0])))
         return result
 
     def sync(self, name: str, part: str | None = None) -> None:
@@ -114,7 +137,17 @@ class Counting(TorchDispatchMode):
         """Whether a tensor would lie on the host on any machine."""
         if self._device != "cpu":
             return tensor.device.type == "cpu"
-        return tensor.untyped_storage()._cdata in self._host
+        return tensor in self._copies or (
+            tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._host
+        )
+
+    def copied(self, tensor: Tensor) -> Tensor:
+        """What a method returned that copies to the host; on the CPU that is the tensor itself, of which the copy is told apart."""
+        if self._device != "cpu":
+            return tensor
+        copy = torch.ops.aten.alias(tensor)
+        self._copies[copy] = True
+        return copy
 
     def _mark(self, tensor: Tensor) -> None:
         if self._device == "cpu" and tensor.layout == torch.strided:
@@ -150,10 +183,16 @@ class _HostMethods(TorchFunctionMode):
         self.counting = counting
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = HOST_METHODS.get(func)
-        if name is not None and args[0].device.type == "cpu" and not self.counting.is_host(args[0]):
-            self.counting.sync(name)
-        return func(*args, **(kwargs or {}))
+        name, kwargs = HOST_METHODS.get(func), kwargs or {}
+        if name is None or self.counting.is_host(args[0]):
+            return func(*args, **kwargs)
+        self.counting.sync(name)
+        self.counting.in_method = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.counting.in_method = False
+        return self.counting.copied(result) if isinstance(result, Tensor) else result
 
 
 def _masks_by_index(short: str, args: tuple[Any, ...]) -> bool:

@@ -1,0 +1,238 @@
+"""Projections: what two shallow models say of a deep one, what meta tensors are answered, shapes, and the committed page."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("triton")
+
+from igulora.benchmarks import projection_page
+from igulora.benchmarks.cases import CASES, MODELS, Case
+from igulora.benchmarks.meta import MetaDevice
+from igulora.benchmarks.methods import METHODS
+from igulora.benchmarks.models import load_model
+from igulora.benchmarks.projection import count_steps, extrapolated, grown, mean_of, project, project_method
+from igulora.benchmarks.projection_checks import FIGURES, against_counted, against_pytorch, shape_of
+from igulora.benchmarks.shapes import Shape, find_shape, frozen, linears_of
+from igulora.measure.costs import Cost
+from igulora.measure.roofline import PROJECTION, Roofline
+
+NAMES = ("floor", "instantaneous", "default", "peft-lora", "peft-adalora")
+TINY = Shape(
+    "tiny",
+    "tiny",
+    {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    },
+)
+CASE = Case("tiny", "tiny", rows=4, length=16, rank=8, target_rank=4)
+ENCODER = Shape(
+    "encoder",
+    "encoder",
+    {
+        "model_type": "roberta",
+        "architectures": ["RobertaForSequenceClassification"],
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 40,
+    },
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_shallow_models_say_what_a_deep_one_costs(name: str) -> None:
+    """To the byte: every count of the projection is that of the model in its full depth."""
+    roofline = Roofline()
+    where = roofline.card.where
+    projected = project_method(name, TINY, CASE, roofline)
+    deep = count_steps(name, TINY, CASE, TINY.layers, where)
+    assert projected.keys() == deep.keys()
+    for kind, (share, count) in deep.items():
+        assert projected[kind].cost == count.cost
+        assert projected[kind].syncs == dict(count.syncs)
+        assert projected[kind].share == share
+        assert projected[kind].device_s == pytest.approx(count.device_seconds(roofline), rel=1e-9)
+
+
+def test_launches_of_a_fused_optimizer_do_not_grow_evenly_and_are_exact_all_the_same() -> None:
+    """24 layers have 336 matrices of 36 a launch, which no straight line through 14 and 28 hits."""
+    shape = Shape("deep", "deep", {**TINY.config, "num_hidden_layers": 24})
+    where = Roofline().card.where
+    counts = [count_steps("peft-lora", shape, CASE, depth, where)["step"][1] for depth in (1, 2)]
+    cost, _, _ = extrapolated(*counts, 23, Roofline())
+    deep = count_steps("peft-lora", shape, CASE, 24, where)["step"][1]
+    assert cost == deep.cost
+    assert cost.launches != counts[0].cost.launches + 23 * (counts[1].cost.launches - counts[0].cost.launches)
+
+
+def test_grown() -> None:
+    assert grown([1, 9], [1, 2, 3, 9], 3) == [1, 2, 3, 2, 3, 2, 3, 9]
+    assert grown([], [4], 2) == [4, 4]
+    assert grown([5], [5], 7) == [5]
+    with pytest.raises(ValueError, match="a block put in"):
+        grown([1, 2], [3, 4, 5], 2)
+
+
+def test_an_encoder_that_classifies() -> None:
+    made = project(ENCODER, Case("e", "e", rows=4, length=16, rank=4, target_rank=2), Roofline(), NAMES)
+    assert list(made["methods"]) == list(NAMES)
+    means = {name: entry["mean"] for name, entry in made["methods"].items()}
+    assert means["floor"]["launches"] < means["instantaneous"]["launches"] < means["peft-adalora"]["launches"]
+    assert means["instantaneous"]["syncs"] == 0
+    assert means["peft-adalora"]["syncs"] == 3 * 6 + 1  # one list of flags for each matrix, and the threshold
+    assert made["what"] == PROJECTION
+
+
+def test_heads_are_not_adapted() -> None:
+    with MetaDevice():
+        model = ENCODER.build()
+        method = METHODS["instantaneous"](model, Case("e", "e", 4, 16, 4, 2, targets=linears_of(model)))
+    assert len(method.controller.bank.names) == 3 * 6
+    assert not any("classifier" in name for name in method.controller.bank.names)
+
+
+def test_projected_is_what_is_counted() -> None:
+    """Of a model with weights on this machine; the tiny model's rotary frequencies were cast with its weights: one copy more."""
+    base, case = load_model(MODELS["tiny"]), CASES["tiny-4x16"]
+    found = against_counted(base, case, NAMES, Roofline().card.where)
+    assert list(found) == list(NAMES)
+    for kinds in found.values():
+        for kind in kinds.values():
+            assert set(kind["operators_that_differ"]) == {"aten::_to_copy"}
+            projected, counted = (kind[key] for key in ("projected", "counted"))
+            assert counted["launches"] - projected["launches"] == 1
+            assert 0 < counted["read"] - projected["read"] < 100
+            assert counted["flops"] == projected["flops"]
+            assert counted["syncs"] == projected["syncs"]
+    assert found["peft-adalora"]["step"]["counted"]["syncs"] == 15
+    assert all(set(kind["error"]) == set(FIGURES) for kinds in found.values() for kind in kinds.values())
+
+
+@pytest.mark.parametrize("name", ["floor", "instantaneous", "peft-adalora"])
+def test_counters_agree_with_pytorch(name: str) -> None:
+    found = against_pytorch(load_model(MODELS["tiny"]), CASES["tiny-4x16"], [name])[name]
+    assert found["operators_that_differ"] == {}
+    assert found["calls"] == found["calls_by_profiler"] > 200
+    assert found["product_flops"] == found["product_flops_by_profiler"] > 0
+    assert found["flops"] == found["flops_by_counter"] > found["product_flops"]
+
+
+def test_shape_of_a_model_builds_its_like() -> None:
+    base = load_model(MODELS["tiny"])
+    twin = shape_of(base, "tiny").build()
+    assert {n: (p.shape, p.dtype) for n, p in base.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in twin.named_parameters()
+    }
+
+
+# -- the meta device --------------------------------------------------------------------------------------------------
+
+
+def test_answers() -> None:
+    with MetaDevice():
+        t = torch.zeros(3, 2, device="meta")
+        assert t.tolist() == [[1.0, 1.0]] * 3
+        assert t.cpu().sum() == 6
+        assert t.sum().item() == 1.0
+        assert t.to(torch.int64).sum().item() == 1
+        assert (t == 0).all()
+        assert t.is_meta
+
+
+def test_sorting_on_the_device_waits_as_often_as_with_values() -> None:
+    """The values come out by chance, so that a sort makes about n log2 n comparisons: neither n nor n²."""
+    waits = 0
+    n = 256
+    with MetaDevice():
+        scores = list(torch.zeros(n, device="meta").unbind())
+
+        class Counted:
+            def __init__(self, value: torch.Tensor) -> None:
+                self.value = value
+
+            def __lt__(self, other: Counted) -> bool:
+                nonlocal waits
+                waits += 1
+                return bool(self.value < other.value)
+
+        sorted(map(Counted, scores))
+    assert 0.7 * n * 8 < waits < 1.2 * n * 8
+
+
+# -- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(frozen()))
+def test_frozen_configurations_have_as_many_parameters_as_published(name: str) -> None:
+    shape = frozen()[name]
+    assert sum(p.numel() for p in shape.build().parameters()) == shape.parameters
+
+
+def test_shapes_by_name(tmp_path) -> None:
+    assert find_shape("Llama-3-8B").name == "llama-3-8b"
+    assert find_shape("meta-llama/Llama-2-7b-hf").name == "llama-2-7b"
+    (tmp_path / "config.json").write_text(json.dumps(TINY.config), encoding="utf-8")
+    assert find_shape(str(tmp_path)).layers == 5
+    assert find_shape(str(tmp_path / "config.json")).config == TINY.config
+    with pytest.raises(ValueError, match="Did you mean 'llama-3-8b'"):
+        find_shape("lama-3-8b")
+    with pytest.raises(ValueError, match="does not exist"):
+        find_shape(str(tmp_path / "other.json"))
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="not JSON"):
+        find_shape(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="without num_hidden_layers"):
+        find_shape(str(tmp_path))
+
+
+def test_unknown_methods_are_refused() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'peft-lora'"):
+        project(TINY, CASE, Roofline(), ["peft-lor"])
+
+
+def test_means_are_weighted_by_share() -> None:
+    kinds = project_method("default", TINY, CASE, Roofline())
+    assert sum(k.share for k in kinds.values()) == pytest.approx(1)
+    assert mean_of(kinds)["flops"] == pytest.approx(sum(k.share * k.cost.flops for k in kinds.values()))
+    assert (
+        min(k.cost.flops for k in kinds.values()) < mean_of(kinds)["flops"] < max(k.cost.flops for k in kinds.values())
+    )
+    assert all(isinstance(k.cost, Cost) for k in kinds.values())
+
+
+# -- the committed page -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_newest_record_renders_to() -> None:
+    record = json.loads(projection_page.newest().read_text(encoding="utf-8"))
+    expected = projection_page.render(record)
+    assert projection_page.PAGE.read_text(encoding="utf-8") == expected, (
+        "run python -m igulora.benchmarks.projection_page --render"
+    )
+
+
+def test_the_page_says_what_it_is() -> None:
+    record = json.loads(projection_page.newest().read_text(encoding="utf-8"))
+    assert record["what"] == PROJECTION
+    assert all(made["what"] == PROJECTION for made in (*record["projections"], *record["cards"]))
+    tables = projection_page.render(record).split("\n## ")
+    models = [text for text in tables if " on " in text.splitlines()[0] and "tokens" in text]
+    assert len(models) == len(record["projections"])
+    assert all(PROJECTION in text for text in models)
