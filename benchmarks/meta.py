@@ -31,19 +31,39 @@ class MetaDevice:
 
     def __init__(self, seed: int = 0) -> None:
         self._stack = ExitStack()
-        self._seed = seed
+        self._operators = _Operators(random.Random(seed))
+
+    @property
+    def comparisons(self) -> int:
+        """Comparisons of two scalars that were answered so far."""
+        return self._operators.comparisons
 
     def __enter__(self) -> MetaDevice:
         supported = torch_optimizer._get_fused_kernels_supported_devices()
         replaced = mock.patch.object(
             torch_optimizer, "_get_fused_kernels_supported_devices", return_value=[*supported, "meta"]
         )
-        for context in (replaced, _Functions(), _Operators(random.Random(self._seed))):
+        for context in (replaced, _Functions(), self._operators):
             self._stack.enter_context(context)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
+
+
+def comparisons_of_a_sort(entries: int, seed: int = 0) -> int:
+    """How often Python compares two of so many entries while it sorts them, where each comparison comes out by chance."""
+    chance = random.Random(seed)
+    made = 0
+
+    class Entry:
+        def __lt__(self, other: Entry) -> bool:
+            nonlocal made
+            made += 1
+            return chance.random() < 0.5
+
+    sorted(Entry() for _ in range(entries))
+    return made
 
 
 class _Functions(TorchFunctionMode):
@@ -74,6 +94,7 @@ class _Operators(TorchDispatchMode):
     def __init__(self, chance: random.Random) -> None:
         super().__init__()
         self._chance = chance
+        self.comparisons = 0
         self._compared: int | None = None  # the storage of the last comparison of scalars
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,6 +113,8 @@ class _Operators(TorchDispatchMode):
 
     def _answer(self, asked: Tensor) -> bool | int | float:
         if asked.dtype == torch.bool:
-            by_chance = asked.untyped_storage()._cdata == self._compared
-            return self._chance.random() < 0.5 if by_chance else True
+            if asked.untyped_storage()._cdata != self._compared:
+                return True
+            self.comparisons += 1
+            return self._chance.random() < 0.5
         return 1.0 if asked.dtype.is_floating_point else 1

@@ -21,14 +21,12 @@ from igulora.measure.operators import Architecture
 from igulora.measure.roofline import PROJECTION, Roofline
 
 from .cases import Case
-from .meta import MetaDevice
+from .meta import MetaDevice, comparisons_of_a_sort
 from .methods import METHODS, Method
 from .shapes import Shape, linears_of
 
 DEFAULTS = ("floor", "instantaneous", "default", "peft-lora", "peft-dora", "peft-adalora", "release")
 DEPTHS = (1, 2)
-# Their steps sort the triplets of all blocks on the host, which grows faster than the number of blocks.
-WHOLE_MODEL = ("release", "release-final")
 # What ratios are taken to.
 OVER = ("floor", "peft-lora", "peft-adalora")
 
@@ -43,6 +41,8 @@ class StepCount:
         calls: how often each cost occurs.
         operators: calls by operator, one of igulora's counting once.
         multi_tensor: calls whose launches do not grow evenly with the depth.
+        comparisons: of two scalars of the device, by the host: a sort's, which do not grow evenly either.
+        triplets: of all adapted matrices.
     """
 
     cost: Cost
@@ -50,16 +50,17 @@ class StepCount:
     calls: Counter[Cost]
     operators: Counter[str] = field(default_factory=Counter)
     multi_tensor: tuple[MultiTensor, ...] = ()
+    comparisons: int = 0
+    triplets: int = 0
 
     @classmethod
-    def of(cls, counting: Counting) -> StepCount:
+    def of(cls, counting: Counting, comparisons: int = 0, triplets: int = 0) -> StepCount:
         """What was counted."""
         calls: Counter[Cost] = Counter()
         for (_, _, cost), count in counting.calls.items():
             calls[cost] += count
-        return cls(
-            counting.total, Counter(counting.syncs), calls, Counter(counting.launches), tuple(counting.multi_tensor)
-        )
+        operators, lists = Counter(counting.launches), tuple(counting.multi_tensor)
+        return cls(counting.total, Counter(counting.syncs), calls, operators, lists, comparisons, triplets)
 
     def device_seconds(self, roofline: Roofline) -> float:
         """By the roofline."""
@@ -87,16 +88,18 @@ def count_steps(
     name: str, shape: Shape, case: Case, layers: int, where: Architecture, **changes: Any
 ) -> dict[str, tuple[float, StepCount]]:
     """One step of each kind of a method on the meta device: its share among all steps, and what it costs."""
-    with MetaDevice():
+    with MetaDevice() as device:
         method = _method(name, shape, case, layers, **changes)
         small, batch = shape.batch(case.rows, 8), shape.batch(case.rows, case.length)
         method.prepare(small)
         found = {}
         for kind, share in method.kinds().items():
             method.seek(kind, small)
+            before = device.comparisons
             with Counting(device="meta", where=where) as counting:
                 method.step(batch)
-            found[kind] = (share, StepCount.of(counting))
+            triplets = case.rank * layers * len(method.case.targets)
+            found[kind] = (share, StepCount.of(counting, device.comparisons - before, triplets))
     return found
 
 
@@ -146,13 +149,21 @@ def extrapolated(
     )
     syncs = Counter({k: straight(first.syncs[k], second.syncs[k]) for k in {*first.syncs, *second.syncs}})
     device = straight(first.device_seconds(roofline), second.device_seconds(roofline)) + uneven * roofline.launch_s
+    if first.comparisons:
+        # One sort of all triplets: each comparison launches a kernel and waits.
+        missing = comparisons_of_a_sort(straight(first.triplets, second.triplets)) - straight(
+            first.comparisons, second.comparisons
+        )
+        cost += Cost(missing)
+        syncs["aten::_local_scalar_dense"] += missing
+        device += missing * roofline.launch_s
     return cost, syncs, device
 
 
 def project_method(name: str, shape: Shape, case: Case, roofline: Roofline, **changes: Any) -> dict[str, Projected]:
     """Each kind of step of a method, of the whole model."""
     where, full = roofline.card.where, shape.layers
-    depths = DEPTHS if full > DEPTHS[-1] and name not in WHOLE_MODEL else (full,)
+    depths = DEPTHS if full > DEPTHS[-1] else (full,)
     counts = [count_steps(name, shape, case, layers, where, **changes) for layers in depths]
     result = {}
     for kind, (share, first) in counts[0].items():

@@ -87,7 +87,7 @@ def _ratio(entry: dict[str, Any], other: str) -> str:
 
 def _percent(error: float) -> str:
     """A relative error; what is equal says so."""
-    return "0" if error == 0 else f"{100 * error:+.3f}%" if abs(error) < 0.01 else f"{100 * error:+.0f}%"
+    return "0" if error == 0 else f"{100 * error:+.2g}%"
 
 
 def comparison(made: dict[str, Any]) -> str:
@@ -214,8 +214,8 @@ def render(record: dict[str, Any]) -> str:
         "# Projections, not measurements",
         "",
         "Made by `python -m igulora.benchmarks.projection_page`; nothing here is typed by hand, and no time in the tables of models was",
-        f"measured. {record['date']}, Python {place['python']}, {made_with}. `igulora project MODEL` makes such a table for any model and",
-        "card.",
+        "measured. `igulora project MODEL` makes such a table for any model and card.",
+        f"{record['date']}, Python {place['python']}, {made_with}, commit {packages['commit']}.",
         "",
         HOW,
         "",

@@ -120,7 +120,11 @@ def test_every_subpackage_goes_into_the_wheel(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("igulora-*.whl")
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    names = zipfile.ZipFile(wheel).namelist()
+    configs = {f"igulora/{f.relative_to(ROOT)}" for f in (ROOT / "benchmarks" / "configs").glob("*.json")}
+    assert configs
+    assert configs <= set(names)
+    held = {name for name in names if name.endswith(".py")}
     wanted = {str(f.relative_to(ROOT)) for f in (ROOT / "igulora").rglob("*.py")}
     wanted |= {
         f"igulora/{f.relative_to(ROOT)}" for name in ("kernels", "benchmarks") for f in (ROOT / name).rglob("*.py")

@@ -19,9 +19,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "project",
         help="project launches, bytes and step time of every method on any model and card, without either",
         description=(
-            f"A {PROJECTION}: every method takes a training step on the meta device, counters note launches, waits, bytes and FLOPs, and a "
-            "roofline makes a time of them. A call takes the longer of its bytes over the bandwidth and its FLOPs over the sustained "
             f"A {PROJECTION}: every method takes a training step on the meta device, counters note launches, waits, bytes and FLOPs, "
+            "and a roofline makes a time of them. A call takes the longer of its bytes over the bandwidth and its FLOPs over the "
+            "sustained rate, and a fixed time for each launch; a step takes the longer of that and of the host's time for its "
+            "launches, and the waits."
         ),
     )
     parser.add_argument(
