@@ -60,7 +60,9 @@ class IGUConfig:
     fixed-rank "lora" the rank itself, r by default, so that methods compare at one final budget),
     ``lora_alpha`` (default r; the update is scaled by ``s = lora_alpha / r``), ``init``, ``init_lambda``, ``dropout``,
     ``target_modules`` ("all-linear", a regular expression over full names, or a list of name endings), ``exclude_modules``,
-    ``modules_to_save`` (trained and saved whole, such as a classification head), ``rank_pattern`` (name ending -> r).
+    ``modules_to_save`` (trained and saved whole, such as a classification head), ``rank_pattern`` (name ending -> r),
+    ``recompute_inputs`` (layers do not keep their inputs where these can be multiplied out again, bit by bit, from what autograd keeps
+    anyway: less memory, a little more time).
 
     Path (2.1-2.2; Eq. 4-7): ``estimator``, ``path``, ``path_pass`` (path rows appended to the training batch, or passes of their
     own), ``nodes`` (N of the trapezoid and of on-path; number of Gauss points), ``weights`` (appendix A.1 or the printed Eq. 6),
@@ -89,6 +91,7 @@ class IGUConfig:
     init: str | None = None
     init_lambda: float = 0.0
     seed: int = 0
+    recompute_inputs: bool = False
     estimator: str | None = None
     path: str | None = None
     path_pass: str | None = None
