@@ -24,6 +24,7 @@ _CONTROLS = {
     "magnitude": ("tab:olive", "|λ|"),
     "random": ("silver", "chance"),
 }
+_TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def _family(line: Line) -> str:
@@ -45,10 +46,11 @@ def _panel(axes: Any, record: Record, measure: str) -> None:
         values = record["controls"][name][measure]["top"]
         level = sum(values) / len(values)
         axes.axhline(level, color=color, linestyle="--", linewidth=0.8)
-        axes.annotate(label, (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
+        axes.annotate(label, (0.01, level), xycoords=("axes fraction", "data"), va="bottom", fontsize=7)
     axes.axvline(100 * ALLOWED, color="tab:orange", linewidth=0.6, linestyle=":")
     axes.axhline(WANTED, color="tab:orange", linewidth=0.6, linestyle=":")
     axes.set_xscale("symlog", linthresh=1.0)
+    axes.set_xticks(_TICKS, [str(tick) for tick in _TICKS])
     axes.set_xlim(left=min([-0.5, *(110 * line.cost for line in found)]))
     axes.set_ylim(0.35, 1.02)
     timed = "time" in record
