@@ -33,7 +33,7 @@ def check_start(name: str, method: Method, reference: Tensor, batch: Batch) -> f
     Raises:
         RuntimeError: it is otherwise; timing it would compare different computations.
     """
-    bound = 8 * torch.finfo(reference.dtype).eps
+    bound = method.start_bound * torch.finfo(reference.dtype).eps
     off = _change(method.logits(batch), reference)
     if not off <= bound:
         state = "" if method.starts_as_base else ", its adapters off,"

@@ -43,6 +43,7 @@ class Method:
         title: for tables.
         adaptive: whether it prunes, so that the check after the runs can ask for it.
         starts_as_base: whether a fresh adapter leaves the outputs as they are. Where it does not, :meth:`logits` switches it off.
+        start_bound: what it may change them by, relative to the largest logit, in units of the dtype's rounding.
         check_dtype: of the tiny model on which its gradients are checked; 16 bits where its kernels know no others.
     """
 
@@ -50,6 +51,7 @@ class Method:
     title: str
     adaptive = False
     starts_as_base = True
+    start_bound = 8
     check_dtype = torch.float32
     optimizer: torch.optim.Optimizer | None = None
 

@@ -71,6 +71,7 @@ class PeftDora(PeftLora):
 
     name = "peft-dora"
     title = "PEFT DoRA"
+    start_bound = 16  # W's rows are divided by their lengths and multiplied by them again, each layer rounds
     options: ClassVar[dict[str, Any]] = {"use_dora": True}
 
     def adapted(self) -> Iterator[Adapted]:
