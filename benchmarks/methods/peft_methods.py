@@ -46,7 +46,7 @@ class PeftMethod(Method):
 
 
 class PeftLora(PeftMethod):
-    """PEFT's LoRA on all linear layers."""
+    """PEFT's LoRA on the case's linear layers."""
 
     name = "peft-lora"
     title = "PEFT LoRA"
@@ -55,7 +55,11 @@ class PeftLora(PeftMethod):
         import peft
 
         config = peft.LoraConfig(
-            r=case.rank, lora_alpha=case.rank, target_modules="all-linear", task_type="CAUSAL_LM", **self.options
+            r=case.rank,
+            lora_alpha=case.rank,
+            target_modules=case.target_modules,
+            task_type="CAUSAL_LM",
+            **self.options,
         )
         super().__init__(self._wrap(model, config), case)
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
@@ -96,7 +100,7 @@ class PeftAdaLora(PeftMethod):
             target_r=case.target_rank,
             lora_alpha=case.rank,
             total_step=case.total_steps,
-            target_modules="all-linear",
+            target_modules=case.target_modules,
             task_type="CAUSAL_LM",
         )
         super().__init__(self._wrap(model, config), case)

@@ -21,8 +21,8 @@ rank_allocator.py):
 
 Left out, because it is recipe or logging and not method: dropout (0.3 there; no method here has any), clipping of
 gradients, TensorBoard, the JSON file that it writes at every step. Changed: fused AdamW as for all methods; a triplet is
-charged ``in + out`` parameters, which the release approximates by a constant per kind of module; all linear layers but
-the output head are adapted, whatever their names.
+charged ``in + out`` parameters, which the release approximates by a constant per kind of module; the linear layers that
+the case names are adapted, or all but the output head.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class Release(Method):
                 f"expected a pruning phase of at least {self.delta_t} steps, the release's allocation interval, got {t_end} "
                 f"(three quarters of total_steps={case.total_steps}); give the case more steps"
             )
-        super().__init__(_adapt(model, case.rank), case)
+        super().__init__(_adapt(model, case), case)
         self._layers = [m for m in self.model.modules() if isinstance(m, ReleaseLinear)]
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
         per_rank = sum(layer.lora_A.shape[1] + layer.lora_B.shape[0] for layer in self._layers)
@@ -326,11 +326,13 @@ def _weight(W0: Tensor, values: dict[str, Tensor], layer: ReleaseLinear) -> Tens
     return W0 + scale * (values["lora_B"] * (values["lora_E"] * layer.lora_mask).view(-1)) @ values["lora_A"]
 
 
-def _adapt(model: nn.Module, rank: int) -> nn.Module:
-    """Put a :class:`ReleaseLinear` in the place of every linear layer but the output head."""
+def _adapt(model: nn.Module, case: Case) -> nn.Module:
+    """Put a :class:`ReleaseLinear` in the place of every linear layer that the case adapts, never of the output head."""
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child is not head:
-                setattr(parent, name, ReleaseLinear(child.requires_grad_(False), rank, lora_alpha=float(rank)))
+            wanted = not case.targets or name in case.targets
+            if isinstance(child, nn.Linear) and child is not head and wanted:
+                layer = ReleaseLinear(child.requires_grad_(False), case.rank, lora_alpha=float(case.rank))
+                setattr(parent, name, layer)
     return model

@@ -247,3 +247,10 @@ def test_its_states_have_the_model_s_dtype() -> None:
     kept += sum(t.nbytes for p in trained for t in method.optimizer.state[p].values() if t.numel() > 1)
     kept += 2 * sum(p.nbytes for p in trained)  # the parameters and their gradients
     assert kept == 14 * sum(p.numel() for p in trained)  # PEERS: 14 bytes for each adapter parameter
+
+
+def test_it_adapts_the_matrices_that_the_case_names(base: nn.Module) -> None:
+    method = Release(copy.deepcopy(base), dataclasses.replace(CASE, targets=("q_proj", "v_proj")))
+    names = [name for name, m in method.model.named_modules() if isinstance(m, ReleaseLinear)]
+    assert names == [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qv"]
+    assert [layer.name for layer in method.adapted()] == names
