@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .layer_libraries import LoraFusion, PeftLiger, PeftUnsloth
-from .method import Adapted, Batch, Floor, Method
-from .ours import AsAdaLora, Igulora, Instantaneous, OnPath
+from .method import Adapted, Batch, Floor, FloorTwice, Method
+from .ours import AsAdaLora, Igulora, Instantaneous, Lean, OnPath
 from .peft_methods import PeftAdaLora, PeftDora, PeftLora
 from .release import Release, ReleaseFinal
 
@@ -14,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
         Floor,
         Instantaneous,
         Igulora,
+        Lean,
         OnPath,
         AsAdaLora,
         PeftLora,
@@ -24,9 +25,10 @@ METHODS: dict[str, type[Method]] = {
         PeftLiger,
         PeftUnsloth,
         LoraFusion,
+        FloorTwice,
     )
 }
-DEFAULT_METHODS = ("floor", "instantaneous", "default", "on-path", "peft-lora", "peft-dora", "peft-adalora", "release")
+DEFAULT_METHODS = ("floor", "instantaneous", "default", "lean", "peft-lora", "peft-dora", "peft-adalora", "release")
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -35,8 +37,10 @@ __all__ = [
     "AsAdaLora",
     "Batch",
     "Floor",
+    "FloorTwice",
     "Igulora",
     "Instantaneous",
+    "Lean",
     "LoraFusion",
     "Method",
     "OnPath",

@@ -141,3 +141,14 @@ class Floor(Method):
         loss = self.model(inputs_embeds=embedded, labels=batch["labels"]).loss
         loss.backward()
         return loss.detach()
+
+
+class FloorTwice(Floor):
+    """The floor's work done twice: a check of the clockwork, whose ratio to the floor must come out as 2."""
+
+    name = "floor-twice"
+    title = "the floor twice (a check: 2 by construction)"
+
+    def bare(self, batch: Batch) -> Tensor:
+        super().bare(batch)
+        return super().bare(batch)

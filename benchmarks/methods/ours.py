@@ -96,6 +96,14 @@ class Instantaneous(Igulora):
     options: ClassVar[dict[str, object]] = {"estimator": "instantaneous", "window": 1}
 
 
+class Lean(Igulora):
+    """Ours with the least memory: path passes of their own, inputs of adapted layers recomputed."""
+
+    name = "lean"
+    title = "igulora, default estimator, separate path passes, inputs recomputed"
+    options: ClassVar[dict[str, object]] = {"path_pass": "separate", "recompute_inputs": True}
+
+
 class OnPath(Igulora):
     """Ours with the release's estimator: the training pass itself runs at a random point of the path."""
 
