@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from .method import Batch, Floor, Method
+from .method import Adapted, Batch, Floor, Method
 from .ours import AsAdaLora, Igulora, Instantaneous, OnPath
 from .peft_methods import PeftAdaLora, PeftLora
+from .release import Release, ReleaseFinal
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Floor, Instantaneous, Igulora, OnPath, AsAdaLora, PeftLora, PeftAdaLora)
+    m.name: m for m in (Floor, Instantaneous, Igulora, OnPath, AsAdaLora, PeftLora, PeftAdaLora, Release, ReleaseFinal)
 }
-DEFAULT_METHODS = ("floor", "instantaneous", "default", "on-path", "peft-lora", "peft-adalora")
+DEFAULT_METHODS = ("floor", "instantaneous", "default", "on-path", "peft-lora", "peft-adalora", "release")
 
 __all__ = [
     "DEFAULT_METHODS",
     "METHODS",
+    "Adapted",
     "AsAdaLora",
     "Batch",
     "Floor",
@@ -23,4 +25,6 @@ __all__ = [
     "OnPath",
     "PeftAdaLora",
     "PeftLora",
+    "Release",
+    "ReleaseFinal",
 ]

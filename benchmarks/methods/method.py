@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ..cases import Case
 
 Batch = dict[str, Tensor]
+
+
+def missing(package: str, install: str) -> str | None:
+    """Why a method that needs ``package`` cannot run here, with how to ``install`` it; None where the package is there."""
+    return f"{package} is not installed; {install}" if importlib.util.find_spec(package) is None else None
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted layer in plain mathematics, which the method's own arithmetic is checked against.
+
+    Attributes:
+        name: of the linear layer in the base model.
+        trained: its parameters by a name of the method's choice.
+        weight: ``(W0, values of the trained parameters by name) -> W``, the (out, in) weight of the plain linear layer that the adapted
+            one stands for.
+    """
+
+    name: str
+    trained: dict[str, nn.Parameter]
+    weight: Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
 class Method:
@@ -17,16 +42,25 @@ class Method:
         name: key of :data:`METHODS`.
         title: for tables.
         adaptive: whether it prunes, so that the check after the runs can ask for it.
+        starts_as_base: whether a fresh adapter leaves the outputs as they are. Where it does not, :meth:`logits` switches it off.
+        check_dtype: of the tiny model on which its gradients are checked; 16 bits where its kernels know no others.
     """
 
     name: str
     title: str
     adaptive = False
+    starts_as_base = True
+    check_dtype = torch.float32
     optimizer: torch.optim.Optimizer | None = None
 
     def __init__(self, model: nn.Module, case: Case) -> None:
         self.case = case
         self.model = model
+
+    @classmethod
+    def available(cls) -> str | None:
+        """None where the method can run, else why it cannot and how to install what it needs. Imports nothing."""
+        return None
 
     def _optimize(self, params: object) -> None:
         self.optimizer = torch.optim.AdamW(params, lr=1e-4, fused=True)
@@ -80,6 +114,10 @@ class Method:
         """What the model says, for the check that a fresh adapter changes nothing."""
         with torch.no_grad():
             return self.model(input_ids=batch["input_ids"]).logits
+
+    def adapted(self) -> Iterator[Adapted]:
+        """Every adapted layer as plain mathematics; nothing where nothing is trained."""
+        return iter(())
 
     def trainable(self) -> int:
         """How many parameters are trained."""

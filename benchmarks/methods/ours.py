@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -10,7 +12,11 @@ from torch import Tensor, nn
 import igulora
 
 from ..cases import Case
-from .method import Batch, Method
+from .method import Adapted, Batch, Method
+
+
+def _weight(W0: Tensor, values: dict[str, Tensor], mask: Tensor, scale: float) -> Tensor:
+    return W0 + scale * (values["P"].t() * (mask.to(W0.dtype) * values["E"])) @ values["Q"]
 
 
 class Igulora(Method):
@@ -67,6 +73,12 @@ class Igulora(Method):
     def seek(self, kind: str, small: Batch) -> None:
         while self._kind(len(self._mixed) % self.config.window) != kind:
             self.step(small)
+
+    def adapted(self) -> Iterator[Adapted]:
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, igulora.FusedSVDLinear):
+                trained = {part: getattr(layer, f"lora_{part}") for part in "PEQ"}
+                yield Adapted(name, trained, partial(_weight, mask=layer.mask, scale=layer.scale))
 
     def live(self) -> int | None:
         return sum(self.controller.live_ranks().values())
