@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import kernels
-from . import export, finetune, inspect, tune
+from . import export, finetune, inspect, profile, tune
 
 # Two folders where igulora is installed in place.
 _PACKAGES = (str(Path(__file__).resolve().parents[1]), str(Path(kernels.__file__).resolve().parent))
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"igulora {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (finetune, inspect, export, tune):
+    for module in (finetune, inspect, export, tune, profile):
         sub = module.add_parser(subparsers)
         sub.set_defaults(run=module.run)
         sub.add_argument("--traceback", action="store_true", help="show where an error comes from")
