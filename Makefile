@@ -20,7 +20,7 @@ test: $(VENV)/.igulora-test
 	$(BIN)/pytest $(ARGS)
 
 bench: $(VENV)/.igulora-bench
-	$(BIN)/python -m igulora.benchmarks.runner $(ARGS)
+	$(BIN)/igulora bench --record $(ARGS)
 
 compile-report: $(VENV)/.igulora-compile
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_report.py --check --keep $(ARGS)

@@ -34,6 +34,7 @@ class Case:
         rows, length: sequences in a batch and tokens in each.
         rank, target_rank: triplets stored per matrix at the start, and their average after pruning.
         total_steps: of the schedule that the adaptive methods follow; the steps measured lie in its pruning phase.
+        targets: endings of the names of the adapted linears; empty for all but the output head.
     """
 
     name: str
@@ -43,6 +44,12 @@ class Case:
     rank: int = 32
     target_rank: int = 16
     total_steps: int = 1000
+    targets: tuple[str, ...] = ()
+
+    @property
+    def target_modules(self) -> str | list[str]:
+        """As PEFT's and igulora's configurations take it."""
+        return list(self.targets) or "all-linear"
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,21 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on.
+
+    Args:
+        device: where the steps ran; a CUDA device is recorded by its name.
+    """
     model, flags = platform.processor() or platform.machine(), set()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -23,6 +30,7 @@ def machine() -> dict[str, Any]:
         flags = set((re.search(r"flags\s*:\s*(.+)", text) or [None, ""])[1].split())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "cpu": model,
         "cores": os.cpu_count(),
         "bf16": sorted(flags & {"avx512_bf16", "amx_bf16", "avx512f", "avx2"}),
@@ -34,7 +42,10 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what takes part, and the commit of this repository."""
-    found = {name: importlib.metadata.version(name) for name in ("igulora", "torch", "transformers", "peft", "numpy")}
+    found = {}
+    for name in ("igulora", "torch", "triton", "transformers", "peft", "numpy"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=10"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     return found | {"commit": git.stdout.strip() or "unknown"}

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, the first column left-aligned and the others right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def place(record: dict[str, Any]) -> str:
+    """One line: when, on what and with what a record was made."""
+    where, versions = record["machine"], record["versions"]
+    cpu = f"{where['cpu']}, {where['cores']} cores ({', '.join(where['bf16']) or 'no vector extensions recorded'})"
+    device = cpu if where["device"] == "cpu" else f"{where['device']}, {cpu}"
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
+    return (
+        f"{record['date']}, {device}, {record['threads']} threads, Python {where['python']}, {packages}, "
+        f"commit {versions['commit']}."
+    )
 
 
 def replace(file: Path, text: str, markers: tuple[str, str]) -> None:

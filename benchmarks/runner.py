@@ -1,58 +1,85 @@
-"""Times a whole training step: ours, PEFT's LoRA and AdaLoRA, and the frozen floor; paired, interleaved, one process.
+"""Times whole training steps of several methods: checked first, then paired and interleaved in one process.
 
-    make bench                                 # the registry's cases on the real model, about 15 minutes on two cores
-    make bench ARGS="--quick"                   # fewer repetitions, the short batch only
-    make bench ARGS="--model tiny"              # seconds; shows that everything runs, says nothing about speed
-
-Every round runs each method once, forwards and backwards in turn; what counts is the ratio of two methods within a
-round, its median and quartiles over the rounds. Results are checked before anything is timed: a fresh adapter must
-leave the model's outputs as they are, and afterwards the adaptive methods must really have pruned.
+Every round runs each method once, forwards and backwards in turn; what counts is the ratio of two methods within a round, its median and
+quartiles over the rounds. A fresh adapter must leave the model's outputs as they are before anything is timed, and afterwards the
+adaptive methods must really have pruned. What does not fit into memory is reported, and the rest goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
-import datetime
 import gc
-import json
-import os
-import re
-import sys
 import time
-import warnings
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .cases import CASES, MODELS, Case
+from .cases import MODELS, Case
 from .counts import count_step
-from .machine import RESULTS, machine, versions
 from .memory import peak_memory
-from .methods import DEFAULT_METHODS, METHODS, Method
+from .methods import METHODS, Method
 from .models import load_model, make_batch, small_batch
 from .ratios import Times, paired_ratios, quartiles
 
-FORMAT = 1
+Batch = dict[str, Tensor]
 
 
-def build(name: str, model: nn.Module, case: Case) -> Method:
-    """A method on its own copy of the model; the random start is the same at every call."""
+class Reporter(Protocol):
+    """Who is told how a run goes: lines to print, and ticks of a progress bar of ``total`` of them."""
+
+    def say(self, text: str) -> None:
+        """A line."""
+
+    def total(self, ticks: int) -> None:
+        """How many more ticks there will be."""
+
+    def tick(self, text: str) -> None:
+        """One more thing is done; ``text`` says what comes next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a case is measured.
+
+    Attributes:
+        methods: names of :data:`METHODS`, in the order of the tables.
+        rounds: repetitions of every method.
+        memory, counts: whether to measure the memory of a step, and to count its launches and host syncs.
+        clock: seconds, rising.
+    """
+
+    methods: tuple[str, ...]
+    rounds: int = 6
+    memory: bool = True
+    counts: bool = True
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    clock: Callable[[], float] = time.perf_counter
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on a GPU or (where PyTorch has no class for it) on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
+def build(name: str, base: nn.Module, case: Case) -> Method:
+    """A method on modules of its own around the frozen tensors of ``base``; the random start is the same at every call."""
     torch.manual_seed(0)
-    return METHODS[name](model, case)
+    shared: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    return METHODS[name](copy.deepcopy(base, shared), case)
 
 
-def check_start(name: str, method: Method, reference: Tensor, batch: dict[str, Tensor]) -> float:
+def check_start(name: str, method: Method, reference: Tensor, batch: Batch) -> float:
     """The largest change of a logit by a fresh adapter, relative to the largest logit.
 
     Raises:
-        RuntimeError: it exceeds what rounding of the model's dtype explains; timing it would compare different
-            computations.
+        RuntimeError: it exceeds what rounding of the model's dtype explains; timing it would compare different computations.
     """
     change = (method.logits(batch) - reference).abs().max().item() / reference.abs().max().item()
     bound = 8 * torch.finfo(reference.dtype).eps
@@ -63,182 +90,174 @@ def check_start(name: str, method: Method, reference: Tensor, batch: dict[str, T
     return change
 
 
-def time_step(method: Method, batch: dict[str, Tensor]) -> float:
-    """Seconds of one step, garbage collected before and not during it."""
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        loss = method.step(batch)
-        elapsed = time.perf_counter() - start
-    finally:
-        gc.enable()
-    if not torch.isfinite(loss):
-        raise RuntimeError(f"expected a finite loss from {method.name}, got {loss.item()}")
-    return elapsed
+def check_pruned(name: str, method: Method, capacity: int) -> int | None:
+    """Triplets live at the end.
 
-
-def measure(
-    methods: dict[str, Method],
-    batch: dict[str, Tensor],
-    small: dict[str, Tensor],
-    rounds: int,
-    say: Callable[[str], None],
-) -> Times:
-    """Interleaved step times, in seconds.
-
-    Returns:
-        Per method one time per round, averaged over its kinds of step by their share; besides ``name:kind`` for each
-        kind of a method that has several.
+    Raises:
+        RuntimeError: an adaptive method has not pruned: its steps were not those that it should be timed at.
     """
-    times: Times = {}
-    order = list(methods)
-    for turn in range(-1, rounds):  # turn -1 warms up: first use of a shape allocates and packs weights
-        for name in order if turn % 2 else reversed(order):
-            method, mean = methods[name], 0.0
-            kinds = method.kinds()
-            for kind, share in kinds.items():
-                method.seek(kind, small)
-                seconds = time_step(method, batch)
-                mean += share * seconds
-                if turn >= 0 and len(kinds) > 1:
-                    times.setdefault(f"{name}:{kind}", []).append(seconds)
-            if turn >= 0:
-                times.setdefault(name, []).append(mean)
-        say(f"    round {turn + 1}/{rounds}" if turn >= 0 else "    warmed up")
-    return times
-
-
-def operator_profile(method: Method, batch: dict[str, Tensor], top: int = 14) -> list[dict[str, Any]]:
-    """Where a step's time goes: self time of its most expensive operators, in milliseconds."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
-        method.step(batch)
-    rows = sorted(profiler.key_averages(), key=lambda e: -e.self_cpu_time_total)[:top]
-    return [{"operator": e.key, "calls": e.count, "ms": round(e.self_cpu_time_total / 1e3, 2)} for e in rows]
-
-
-def run_case(
-    case: Case, base: nn.Module, names: list[str], rounds: int, say: Callable[[str], None], profiled: bool
-) -> dict[str, Any]:
-    """Check, time and count all methods on one case."""
-    batch, small = make_batch(base, case.rows, case.length), small_batch(base, case)
-    with torch.no_grad():
-        reference = base(input_ids=small["input_ids"]).logits
-    methods: dict[str, Method] = {}
-    result: dict[str, Any] = {"case": dataclasses.asdict(case), "rounds": rounds, "methods": {}}
-    for name in names:
-        method = methods[name] = build(name, copy.deepcopy(base), case)
-        change = check_start(name, method, reference, small)
-        start = method.live()
-        method.prepare(small)
-        result["methods"][name] = {
-            "title": method.title,
-            "trainable": method.trainable(),
-            "change_at_start": change,
-            "kinds": method.kinds(),
-            "live_at_start": start,
-        }
-    say(f"  {case.name}: outputs of a fresh adapter equal the base model's for {', '.join(names)}")
-    times = measure(methods, batch, small, rounds, say)
-    for name, method in methods.items():
-        live = method.live()
-        capacity = case.rank * sum(
-            isinstance(m, nn.Linear) for m in base.modules() if m is not base.get_output_embeddings()
+    live = method.live()
+    if method.adaptive and not (live is not None and 0 < live < capacity):
+        raise RuntimeError(
+            f"expected {name} to have pruned some of its {capacity} triplets while it was timed, got {live} live"
         )
-        if method.adaptive and not (live is not None and 0 < live < capacity):
-            raise RuntimeError(
-                f"expected {name} to have pruned some of its {capacity} triplets while it was timed, got {live} live"
-            )
-        result["methods"][name]["live_at_end"] = live
-    result["seconds"] = times
-    result["step"] = {name: quartiles(series) for name, series in times.items()}
-    result["ratios"] = paired_ratios(times)
-    if profiled:
-        result["profile"] = {
-            name: operator_profile(methods[name], batch) for name in ("floor", "instantaneous") if name in methods
-        }
-    result["counts"] = {name: count_step(method, small) for name, method in methods.items() if name != "floor"}
-    return result
+    return live
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m")
-    parser.add_argument("--case", choices=sorted(CASES), action="append", help="only this case (may be repeated)")
-    parser.add_argument(
-        "--methods", default=",".join(DEFAULT_METHODS), help=f"comma-separated, of {', '.join(METHODS)}"
-    )
-    parser.add_argument("--rounds", type=int, help="repetitions of every method (default 6, with --quick 3)")
-    parser.add_argument("--quick", action="store_true", help="the case with the shortest batch only, three rounds")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--no-memory", action="store_true", help="skip the memory measurement")
-    parser.add_argument("--output", type=Path, help="result file (default benchmarks/results/<date>-<machine>.json)")
-    options = parser.parse_args(arguments)
-    options.methods = options.methods.split(",")
-    unknown = set(options.methods) - set(METHODS)
-    if unknown:
-        parser.error(f"unknown method {sorted(unknown)}; there are {', '.join(METHODS)}")
-    return options
+class Run:
+    """One case: its methods, built and checked, then timed, counted and measured.
+
+    Args:
+        base: the frozen model, on the device of ``options``.
+    """
+
+    def __init__(self, case: Case, base: nn.Module, options: Options, reporter: Reporter) -> None:
+        self.case, self.base, self.options, self.reporter = case, base, options, reporter
+        self.batch, self.small = (
+            {k: v.to(options.device) for k, v in batch.items()}
+            for batch in (make_batch(base, case.rows, case.length), small_batch(base, case))
+        )
+        self.methods: dict[str, Method] = {}
+        self.result: dict[str, Any] = {"case": dataclasses.asdict(case), "rounds": options.rounds, "methods": {}}
+
+    def __call__(self) -> dict[str, Any]:
+        """Everything that ``options`` ask for, as JSON-able values."""
+        phases = 2 + self.options.rounds + self.options.memory
+        self.reporter.total(phases * len(self.options.methods))
+        self._build()
+        times = self._time()
+        head = self.base.get_output_embeddings()
+        capacity = self.case.rank * sum(isinstance(m, nn.Linear) and m is not head for m in self.base.modules())
+        for name, method in self.methods.items():
+            self.result["methods"][name]["live_at_end"] = check_pruned(name, method, capacity)
+        self.result["seconds"] = times
+        self.result["step"] = {name: quartiles(series) for name, series in times.items()}
+        self.result["ratios"] = paired_ratios(times)
+        if self.options.counts:
+            self.result["counts"] = {
+                name: count_step(method, self.small) for name, method in self.methods.items() if name != "floor"
+            }
+        names = list(self.methods)
+        self.methods.clear()  # their memory is not what the next part measures
+        if self.options.memory:
+            self.result["memory"] = {}
+            for name in names:
+                self._guarded(name, lambda name=name: self._memory(name))  # type: ignore[misc]
+                self.reporter.tick(f"{self.case.name}: memory of {name}")
+        return self.result
+
+    def _guarded(self, name: str, run: Callable[[], object]) -> bool:
+        """Run something of one method; whether memory sufficed. If not, the method is out, and that is reported."""
+        try:
+            run()
+            return True
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+        self.methods.pop(name, None)
+        self.result["methods"].setdefault(name, {"title": METHODS[name].title})["error"] = f"out of memory: {reason}"
+        self.reporter.say(f"  {self.case.name}: {name} is left out, out of memory")
+        gc.collect()
+        if self.options.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
+
+    def _build(self) -> None:
+        with torch.no_grad():
+            reference = self.base(input_ids=self.small["input_ids"]).logits
+
+        def one(name: str) -> None:
+            method = build(name, self.base, self.case)
+            change = check_start(name, method, reference, self.small) if method.starts_as_base else None
+            start = method.live()
+            method.prepare(self.small)
+            self.methods[name] = method
+            self.result["methods"][name] = {
+                "title": method.title,
+                "trainable": method.trainable(),
+                "change_at_start": change,
+                "kinds": method.kinds(),
+                "live_at_start": start,
+            }
+
+        for name in self.options.methods:
+            self.reporter.tick(f"{self.case.name}: building {name}")
+            self._guarded(name, lambda name=name: one(name))  # type: ignore[misc]
+
+    def _time(self) -> Times:
+        """Interleaved step times in seconds.
+
+        Per method one time per round, averaged over its kinds of step by their share; besides ``name:kind`` for each kind of a method
+        that has several.
+        """
+        times: Times = {}
+        for turn in range(
+            -1, self.options.rounds
+        ):  # turn -1 warms up: first use of a shape allocates and packs weights
+            order = list(self.methods) if turn % 2 else list(reversed(self.methods))
+            for name in order:
+                what = f"round {turn + 1} of {self.options.rounds}" if turn >= 0 else "warming up"
+                self.reporter.tick(f"{self.case.name}: {what}")
+                found: dict[str, float] = {}
+                if not self._guarded(name, lambda name=name, found=found: found.update(self._kinds(name))):  # type: ignore[misc]
+                    times = {key: series for key, series in times.items() if key.partition(":")[0] != name}
+                elif turn >= 0:
+                    for key, seconds in found.items():
+                        times.setdefault(key, []).append(seconds)
+        return times
+
+    def _kinds(self, name: str) -> dict[str, float]:
+        """Seconds of one step of each kind, and of their weighted mean."""
+        method, found = self.methods[name], {name: 0.0}
+        kinds = method.kinds()
+        for kind, share in kinds.items():
+            method.seek(kind, self.small)
+            seconds = self.step(method)
+            found[name] += share * seconds
+            if len(kinds) > 1:
+                found[f"{name}:{kind}"] = seconds
+        return found
+
+    def step(self, method: Method) -> float:
+        """Seconds of one step, from a device at rest to a device at rest, garbage collected before and not during it."""
+        gc.collect()
+        gc.disable()
+        try:
+            self._rest()
+            start = self.options.clock()
+            loss = method.step(self.batch)
+            self._rest()
+            elapsed = self.options.clock() - start
+        finally:
+            gc.enable()
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"expected a finite loss from {method.name}, got {loss.item()}")
+        return elapsed
+
+    def _rest(self) -> None:
+        if self.options.device.type == "cuda":
+            torch.cuda.synchronize(self.options.device)
+
+    def _memory(self, name: str) -> None:
+        def make(model: nn.Module) -> Method:
+            return build(name, model, self.case)
+
+        self.result["memory"][name] = peak_memory(make, self.base, self.batch, self.small)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark and write its result file."""
-    options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    os.environ["TQDM_DISABLE"] = "1"  # the loader's progress bars
-    warnings.filterwarnings(
-        "ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning
-    )  # PEFT
-    say = partial(print, flush=True)
-    cases = (
-        [CASES[name] for name in options.case]
-        if options.case
-        else [c for c in CASES.values() if c.model == options.model]
-    )
-    if options.quick:
-        cases = [min(cases, key=lambda c: c.rows * c.length)]
-    rounds = options.rounds or (3 if options.quick else 6)
-    place = machine()
-    say(f"{place['cpu']}, {place['cores']} cores, {options.threads} threads, torch {torch.__version__}")
-    start = time.perf_counter()
+def run_cases(cases: list[Case], options: Options, reporter: Reporter) -> list[dict[str, Any]]:
+    """All cases, each model loaded once.
+
+    Raises:
+        ModuleNotFoundError: the weights of a model are not installed.
+        RuntimeError: a method's results are wrong, see :func:`check_start` and :func:`check_pruned`.
+    """
     results = []
-    for name in dict.fromkeys(c.model for c in cases):
-        base = load_model(MODELS[name])
-        for case in (c for c in cases if c.model == name):
-            result = run_case(case, base, options.methods, rounds, say, profiled=True)
-            if not options.no_memory:
-                batch, small = make_batch(base, case.rows, case.length), small_batch(base, case)
-                result["memory"] = {}
-                for method in options.methods:
-                    make = partial(build, method, case=case)
-                    result["memory"][method] = peak_memory(make, copy.deepcopy(base), batch, small)
-                say("    memory measured")
-            result["case"]["model_title"] = MODELS[name].title
-            result["case"]["dtype"] = MODELS[name].dtype
+    for name in dict.fromkeys(case.model for case in cases):
+        base = load_model(MODELS[name]).to(options.device)
+        for case in (case for case in cases if case.model == name):
+            result = Run(case, base, options, reporter)()
+            result["case"] |= {"model_title": MODELS[name].title, "dtype": MODELS[name].dtype}
             results.append(result)
-    record = {
-        "format": FORMAT,
-        "date": datetime.date.today().isoformat(),
-        "machine": place,
-        "versions": versions(),
-        "threads": options.threads,
-        "seconds_in_all": round(time.perf_counter() - start, 1),
-        "results": results,
-    }
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{place['cpu']} {place['cores']}c".lower()).strip("-")
-    output = options.output or RESULTS / f"{record['date']}-{slug}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for result in results:
-        say(f"{result['case']['name']}: medians of paired ratios to the floor")
-        for name in options.methods:
-            if name != "floor" and "floor" in options.methods:
-                ratio = result["ratios"][f"{name}/floor"]
-                say(f"  {name:14} {ratio['median']:.3f}  [{ratio['q1']:.3f}, {ratio['q3']:.3f}]")
-    say(f"written: {output}  ({record['seconds_in_all']:.0f} s)")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return results

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 
 def nearest(name: object, options: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` (with a leading space) when an option is close to ``name``, else an empty string."""
-    close = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.5)
+    """`` Did you mean 'x'?`` (with a leading space) when an option is close to ``name`` or begins with it, else an empty string."""
+    options = list(options)
+    close = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    close = close or [option for option in options if name and option.startswith(str(name))][:1]
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

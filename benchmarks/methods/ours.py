@@ -36,6 +36,7 @@ class Igulora(Method):
             t_init=3 * window,
             t_final=case.total_steps // 4,
             delta_t=1,
+            target_modules=case.target_modules,
             **self.options,
         )
         super().__init__(igulora.adapt(model, self.config), case)

@@ -4,13 +4,23 @@ to fp32 for them (``autocast_adapter_dtype=True``), for AdaLoRA a regulariser of
 
 from __future__ import annotations
 
+import importlib.util
+
 from torch import Tensor, nn
 
 from ..cases import Case
 from .method import Batch, Method
 
 
-class PeftLora(Method):
+class _Peft(Method):
+    @classmethod
+    def available(cls) -> str | None:
+        if importlib.util.find_spec("peft") is None:
+            return "the package peft is not installed; pip install 'igulora[bench]'"
+        return None
+
+
+class PeftLora(_Peft):
     """PEFT's LoRA on all linear layers."""
 
     name = "peft-lora"
@@ -19,12 +29,14 @@ class PeftLora(Method):
     def __init__(self, model: nn.Module, case: Case) -> None:
         import peft
 
-        config = peft.LoraConfig(r=case.rank, lora_alpha=case.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            r=case.rank, lora_alpha=case.rank, target_modules=case.target_modules, task_type="CAUSAL_LM"
+        )
         super().__init__(peft.get_peft_model(model, config), case)
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
 
 
-class PeftAdaLora(Method):
+class PeftAdaLora(_Peft):
     """PEFT's AdaLoRA on all linear layers, stepped as its documentation says."""
 
     name = "peft-adalora"
@@ -39,7 +51,7 @@ class PeftAdaLora(Method):
             target_r=case.target_rank,
             lora_alpha=case.rank,
             total_step=case.total_steps,
-            target_modules="all-linear",
+            target_modules=case.target_modules,
             task_type="CAUSAL_LM",
         )
         super().__init__(peft.get_peft_model(model, config), case)

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import kernels
-from . import export, finetune, inspect, profile, tune
+import igulora
 
-# Two folders where igulora is installed in place.
-_PACKAGES = (str(Path(__file__).resolve().parents[1]), str(Path(kernels.__file__).resolve().parent))
+from .. import benchmarks, kernels
+from . import bench, export, finetune, inspect, profile, tune
+
+# Several folders where igulora is installed in place.
+_PACKAGES = tuple(str(Path(str(p.__file__)).resolve().parent) for p in (igulora, kernels, benchmarks))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"igulora {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (finetune, inspect, export, tune, profile):
+    for module in (finetune, inspect, export, tune, bench, profile):
         sub = module.add_parser(subparsers)
         sub.set_defaults(run=module.run)
         sub.add_argument("--traceback", action="store_true", help="show where an error comes from")

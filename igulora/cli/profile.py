@@ -7,6 +7,7 @@ import copy
 import datetime
 import gc
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
     console = require("rich.console", "demo", "the command line").Console()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler of torch 2.13 reports its starts and stops
     profiles: list[StepProfile] = []
     # PEFT 0.21 reads a property that transformers 5.23 renames.
     with warnings.catch_warnings(), console.status("loading the model") as status:

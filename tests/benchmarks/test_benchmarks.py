@@ -24,10 +24,7 @@ METHODS = ("floor", "instantaneous", "default", "peft-lora", "peft-adalora")
 def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The result file of a real run on the tiny model, by the command of the documentation."""
     output = tmp_path_factory.mktemp("bench") / "result.json"
-    command = [
-        sys.executable,
-        "-m",
-        "igulora.benchmarks.runner",
+    options = [
         "--model",
         "tiny",
         "--methods",
@@ -36,10 +33,11 @@ def record_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "1",
         "--threads",
         "1",
-        "--output",
-        output,
+        "--json",
+        str(output),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "igulora", "bench", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=output.parent)
     assert done.returncode == 0, done.stderr
     return output
 

@@ -1,0 +1,236 @@
+"""``igulora bench``: what adaptive rank costs on this machine, against the frozen model and PEFT's methods."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import nearest
+from ..training.extras import require
+
+_REPOSITORY = "python -m igulora.benchmarks.render writes the tables of the documents from it"
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add ``bench``."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time whole training steps against PEFT's methods",
+        description="Time whole training steps of igulora, of PEFT's methods and of the frozen model, interleaved in one process: "
+        "medians and quartiles of ratios taken round by round. Leave the machine alone meanwhile.",
+    )
+    parser.add_argument("--list", action="store_true", help="show cases and methods, and which can run here")
+    parser.add_argument(
+        "--case",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a case; may be repeated (default: all of the model)",
+    )
+    parser.add_argument("--model", metavar="NAME", default="smollm2-135m", help="whose cases (default: smollm2-135m)")
+    parser.add_argument("--methods", metavar="NAME,...", help="what to compare (default: all that can run here)")
+    parser.add_argument(
+        "--rounds", metavar="N", type=int, help="repetitions of every method (default: 6, with --quick 3)"
+    )
+    parser.add_argument("--quick", action="store_true", help="the case with the shortest batch only, three rounds")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--threads", metavar="N", type=int, help="of the CPU (default: one for each core)")
+    parser.add_argument("--no-memory", action="store_true", help="skip the measurement of memory")
+    parser.add_argument(
+        "--json", metavar="FILE", nargs="?", const="-", help="write the record there; without FILE to standard output"
+    )
+    parser.add_argument("--record", action="store_true", help="keep the record in benchmarks/results of this checkout")
+    parser.add_argument(
+        "--against", metavar="FILE", type=Path, help="an earlier record: do both agree within their spread?"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run ``igulora bench``.
+
+    Raises:
+        ValueError: a name is unknown, a number out of range, or the earlier record is of another machine.
+        ImportError: a package that every case needs is missing.
+    """
+    require("transformers", "bench", "the benchmark's models")
+    from ..benchmarks import record as records
+    from ..benchmarks.cases import CASES
+    from ..benchmarks.methods import DEFAULT_METHODS, METHODS
+    from ..benchmarks.runner import Options, run_cases
+
+    # With the record on standard output, what is told goes to standard error.
+    console = require("rich.console", "bench", "the command line").Console(stderr=args.json == "-")
+    if args.list:
+        _list(console, CASES, METHODS)
+        return
+    cases = _cases(args)
+    earlier = None if args.against is None else records.read(args.against)
+    names = tuple(args.methods.split(",")) if args.methods else DEFAULT_METHODS
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"expected --methods to name {', '.join(METHODS)}; got {name!r}.{nearest(name, METHODS)}")
+    rounds = args.rounds if args.rounds is not None else 3 if args.quick else 6
+    if rounds < 1:
+        raise ValueError(f"expected --rounds of at least 1, got {rounds}")
+    device = _device(args.device)
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    skipped = {name: reason for name in names if (reason := METHODS[name].available()) is not None}
+    for name, reason in skipped.items():
+        console.print(f"{name} is skipped: {reason}", highlight=False, soft_wrap=True)
+    options = Options(tuple(n for n in names if n not in skipped), rounds, memory=not args.no_memory, device=device)
+    os.environ["TQDM_DISABLE"] = "1"  # the loader's progress bars
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's lines about itself, on standard error
+    start = time.perf_counter()
+    with warnings.catch_warnings(), Bar(console) as bar:
+        # PEFT 0.21 reads a property that transformers 5.23 renames.
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        results = run_cases(cases, options, bar)
+    record = records.make_record(results, str(device), torch.get_num_threads(), time.perf_counter() - start)
+    record["skipped"] = skipped
+    _show(console, record)
+    if args.json == "-":
+        sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    elif args.json:
+        records.write(record, Path(args.json))
+    if args.record:
+        file = records.standard_file(record)
+        records.write(records.merge([records.read(file), record]) if file.exists() else record, file)
+        console.print(f"Kept in {file}; {_REPOSITORY}", highlight=False, soft_wrap=True)
+    if earlier is not None:
+        _compare(console, records.agreement(earlier, record))
+
+
+def _cases(args: argparse.Namespace) -> list[Any]:
+    from ..benchmarks.cases import CASES, MODELS
+
+    for name in args.case:
+        if name not in CASES:
+            raise ValueError(f"expected --case to name {', '.join(CASES)}; got {name!r}.{nearest(name, CASES)}")
+    if args.model not in MODELS:
+        raise ValueError(
+            f"expected --model to name {', '.join(MODELS)}; got {args.model!r}.{nearest(args.model, MODELS)}"
+        )
+    cases = [CASES[name] for name in args.case] or [case for case in CASES.values() if case.model == args.model]
+    return [min(cases, key=lambda case: case.rows * case.length)] if args.quick else cases
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"expected --device cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"expected a device that torch {torch.__version__} can use here, cpu or cuda; got {name!r}")
+    return device
+
+
+class Bar:
+    """A progress bar where the output is a terminal, lines where it is none."""
+
+    def __init__(self, console: Any) -> None:
+        self._console, self._last = console, ""
+        rich = require("rich.progress", "bench", "the progress bar")
+        self._bar = rich.Progress(
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("loading", total=None)
+        self._total = 0
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def total(self, ticks: int) -> None:
+        """More to do."""
+        self._total += ticks
+        self._bar.update(self._task, total=self._total)
+
+    def tick(self, text: str) -> None:
+        """One thing done; without a terminal each new text is a line."""
+        self._bar.update(self._task, advance=1, description=text)
+        if not self._console.is_terminal and text != self._last:
+            self.say(text)
+        self._last = text
+
+
+def _table(title: str, *headings: str) -> Any:
+    rich_table = require("rich.table", "bench", "the command line")
+    table = rich_table.Table(title=title, title_justify="left", box=rich_table.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    return table
+
+
+def _list(console: Any, cases: dict[str, Any], methods: dict[str, Any]) -> None:
+    table = _table("Cases", "case", "model", "rows", "tokens", "rank")
+    for case in cases.values():
+        table.add_row(case.name, case.model, str(case.rows), str(case.length), str(case.rank))
+    console.print(table)
+    table = _table("Methods", "method", "what", "here")
+    for name, method in methods.items():
+        table.add_row(name, method.title, method.available() or "yes")
+    console.print(table)
+
+
+def _show(console: Any, record: dict[str, Any]) -> None:
+    place = record["machine"]
+    where = place["cpu"] if place["device"] == "cpu" else place["device"]
+    console.print(
+        f"{record['date']}, {where}, {place['cores']} cores, {record['threads']} threads, torch {record['versions']['torch']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for result in record["results"]:
+        table = _table(
+            f"{result['case']['name']}, medians of {result['rounds']} rounds", "method", "step, s", "over floor", "quartiles", "peak, MiB"
+        )  # fmt: skip
+        for name, method in result["methods"].items():
+            if "error" in method:
+                table.add_row(name, method["error"].partition(":")[0], "", "", "")
+                continue
+            ratio, peak = result["ratios"].get(f"{name}/floor"), result.get("memory", {}).get(name)
+            table.add_row(
+                name,
+                f"{result['step'][name]['median']:.3f}",
+                f"{ratio['median']:.3f}" if ratio else "–",
+                f"{ratio['q1']:.3f}–{ratio['q3']:.3f}" if ratio else "–",
+                f"{peak['peak'] / 2**20:.0f}" if peak else "–",
+            )
+        console.print(table)
+
+
+def _compare(console: Any, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        console.print("No ratio of this run is in the earlier record.", highlight=False)
+        return
+    table = _table("Against the earlier record", "case", "ratio", "before", "now", "within the spread")
+    for row in rows:
+        before, now = (f"{x['median']:.3f} [{x['q1']:.3f}–{x['q3']:.3f}]" for x in (row["before"], row["now"]))
+        table.add_row(row["case"], row["ratio"], before, now, "yes" if row["agrees"] else "no")
+    console.print(table)
+    console.print(
+        f"{sum(row['agrees'] for row in rows)} of {len(rows)} ratios agree within their spread.", highlight=False
+    )

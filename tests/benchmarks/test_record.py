@@ -1,0 +1,83 @@
+"""Records: which may stand in one table, and whether two runs agree."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igulora.benchmarks import record as records
+
+
+def make(median: float = 1.2, spread: float = 0.05, case: str = "a", **changed: Any) -> dict[str, Any]:
+    ratio = {"median": median, "q1": median - spread, "q3": median + spread}
+    record = {
+        "format": records.FORMAT,
+        "date": "2026-01-01",
+        "machine": {"device": "cpu", "cpu": "X", "cores": 2},
+        "versions": {"torch": "2.13", "commit": "abc"},
+        "threads": 2,
+        "results": [{"case": {"name": case}, "ratios": {"ours/floor": ratio}}],
+    }
+    return copy.deepcopy(record | changed)
+
+
+def test_two_runs_agree_where_their_quartiles_meet() -> None:
+    (row,) = records.agreement(make(1.20), make(1.28))
+    assert row["agrees"]
+    (row,) = records.agreement(make(1.20), make(1.31))
+    assert not row["agrees"]
+    assert (row["before"]["median"], row["now"]["median"]) == (1.20, 1.31)
+
+
+def test_what_only_one_run_measured_is_not_compared() -> None:
+    assert records.agreement(make(case="a"), make(case="b")) == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"machine": {"device": "cpu", "cpu": "Y", "cores": 2}},
+        {"threads": 1},
+        {"versions": {"torch": "2.14", "commit": "abc"}},
+        {"machine": {"device": "NVIDIA H100", "cpu": "X", "cores": 2}},
+    ],
+)
+def test_results_of_different_machines_are_never_merged(changed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected results of one machine"):
+        records.merge([make(), make(case="b", **changed)])
+    with pytest.raises(ValueError, match="expected results of one machine"):
+        records.agreement(make(), make(**changed))
+
+
+def test_of_a_case_measured_twice_the_later_result_counts() -> None:
+    commit = {"torch": "2.13", "commit": "def"}
+    merged = records.merge([make(1.1), make(1.3, case="b"), make(1.2, versions=commit)])
+    medians = {r["case"]["name"]: r["ratios"]["ours/floor"]["median"] for r in merged["results"]}
+    assert medians == {"a": 1.2, "b": 1.3}
+    assert merged["versions"]["commit"] == "def"
+
+
+def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "got format 'list'"),
+        ('{"format": 99, "results": []}', "format 99"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            records.read(file)
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    records.write(make(), file)
+    assert records.read(file) == make()
+    with pytest.raises(TypeError):
+        records.write({"bad": object()}, file)
+    assert json.loads(file.read_text(encoding="utf-8")) == make()
+    assert [f.name for f in tmp_path.iterdir()] == ["x.json"]
