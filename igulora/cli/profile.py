@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     methods = require("igulora.benchmarks.methods", "bench", "comparing methods").METHODS
     names = [_known(name, methods) for name in args.method]
-    console = require("rich.console", "demo", "the command line").Console()
+    console = require("rich.console", "demo", "the command line").Console(markup=False, highlight=False)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler of torch 2.13 reports its starts and stops
@@ -100,9 +100,7 @@ def run(args: argparse.Namespace) -> None:
                     profiles.append(profile)
                     _print_profile(console, profile, args.operators)
             except torch.OutOfMemoryError as error:
-                console.print(
-                    f"Left out, no memory for it: {str(error).splitlines()[0]}", highlight=False, soft_wrap=True
-                )
+                console.print(f"Left out, no memory for it: {str(error).splitlines()[0]}", soft_wrap=True)
             gc.collect()
     if not profiles:
         raise ValueError("expected at least one method that can run here, got none; the lines above say why")
@@ -111,10 +109,10 @@ def run(args: argparse.Namespace) -> None:
     shape = f"{args.model}, {args.rows}×{args.length} tokens"
     if args.picture is not None:
         plot_profiles(profiles, args.picture, f"Where the time of a training step goes: {shape}")
-        console.print(f"Picture: {args.picture}", highlight=False, soft_wrap=True)
+        console.print(f"Picture: {args.picture}", soft_wrap=True)
     if args.json is not None:
         _write_json(args, profiles)
-        console.print(f"Figures: {args.json}", highlight=False, soft_wrap=True)
+        console.print(f"Figures: {args.json}", soft_wrap=True)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -154,6 +152,8 @@ def _makers(
     folder = Path(args.model)
     saved = is_adapter(folder)
     base_name = (args.base or base_of(folder)) if saved else args.model
+    if args.base is not None and not saved:
+        raise ValueError(f"expected an adapter's folder as --model with --base, got {args.model!r}; drop --base")
     if base_name is None:
         raise ValueError(
             f"expected --base, the base model of the adapter in {folder}, got none, and the folder names none"
@@ -169,7 +169,7 @@ def _makers(
         if reason is None:
             runnable.append(name)
         else:
-            console.print(f"Skipped {name}: {reason}", highlight=False, soft_wrap=True)
+            console.print(f"Skipped {name}: {reason}", soft_wrap=True)
     for i, name in enumerate(runnable):
         model = base if i == len(runnable) - 1 else copy.deepcopy(base)
         yield lambda name=name, model=model: methods[name](model, case)  # type: ignore[misc]
@@ -275,7 +275,7 @@ def _print_profile(console: Any, profile: StepProfile, operators: int) -> None:
     table.add_row("whole step", *_cells(total, total, bool(device)))
     console.print(table)
     for note in profile.notes:
-        console.print(note, highlight=False, soft_wrap=True)
+        console.print(note, soft_wrap=True)
     console.print()
 
 
