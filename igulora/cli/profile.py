@@ -106,6 +106,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("expected at least one method that can run here, got none; the lines above say why")
     if len(profiles) > 1:
         console.print(_comparison(profiles))
+        console.print(
+            "One step each, one after the other: for ratios with their spread, igulora bench.", soft_wrap=True
+        )
     shape = f"{args.model}, {args.rows}×{args.length} tokens"
     if args.picture is not None:
         plot_profiles(profiles, args.picture, f"Where the time of a training step goes: {shape}")
