@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="where the time of a training step goes, by part and method",
         description="Run one training step of each method under torch's profiler and split it into base products, adapter products, "
         "path pass, orthogonality, scores, allocation, optimizer and rest: time, launches, bytes, FLOPs and host syncs of each. Without "
-        "arguments: SmolLM2-135M, a minute or two on two cores. For a loop of your own: igulora.measure.profiling.profile_step.",
+        "arguments: SmolLM2-135M, a few minutes on two cores. For a loop of your own: igulora.measure.profiling.profile_step.",
     )
     parser.add_argument(
         "--model",
