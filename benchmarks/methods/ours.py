@@ -42,14 +42,12 @@ class Igulora(Method):
         super().__init__(igulora.adapt(model, self.config), case)
         self._optimize(igulora.param_groups(self.model, lr=1e-4))
         self.controller = igulora.Controller(self.model)
-        self._rows: list[int] = []
-
-    def _loss(self, batch: Batch) -> Tensor:
-        self._rows.append(batch["input_ids"].shape[0])
-        return self.model(**batch).loss
+        self._mixed: list[bool] = []
 
     def backward(self, batch: Batch) -> Tensor:
-        return self.controller.backward(self._loss, batch)
+        loss = self.controller.backward(lambda b: self.model(**b).loss, batch)
+        self._mixed.append(self.controller.last_loss_is_joint)
+        return loss
 
     def book(self) -> None:
         self.controller.step()
@@ -60,13 +58,12 @@ class Igulora(Method):
 
     def prepare(self, small: Batch) -> None:
         """Four windows: three precede the first allocation, the last shows where in a window path rows come."""
-        self._rows.clear()
+        self._mixed.clear()
         for _ in range(4 * self.config.window):
             self.step(small)
 
     def _kind(self, position: int) -> str:
-        last_window = self._rows[3 * self.config.window : 4 * self.config.window]
-        path = last_window[position] > self.case.rows
+        path = self._mixed[3 * self.config.window + position]
         scored = position == self.config.window - 1
         return ("path" if path else "plain") + ("+score" if scored else "")
 
@@ -75,7 +72,7 @@ class Igulora(Method):
         return {kind: count / self.config.window for kind, count in counts.items()}
 
     def seek(self, kind: str, small: Batch) -> None:
-        while self._kind(len(self._rows) % self.config.window) != kind:
+        while self._kind(len(self._mixed) % self.config.window) != kind:
             self.step(small)
 
     def adapted(self) -> Iterator[Adapted]:

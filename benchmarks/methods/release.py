@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igulora.budget import BudgetSchedule
+from igulora.measure.parts import part as part_of_step
 
 from ..cases import Case
 from .method import Adapted, Batch, Method
@@ -107,6 +108,7 @@ class ReleaseScores:
             if part in PARTS:
                 yield module, part, parameter
 
+    @part_of_step("scores")
     @torch.no_grad()
     def update(self) -> None:
         """Take the gradients of a step into the states: ten operators for each parameter."""
@@ -143,6 +145,7 @@ class ReleaseScores:
                 found[module] = found.get(module, 0) + (p.shape[1] if part == "lora_A" else p.shape[0])
         return found
 
+    @part_of_step("allocation")
     @torch.no_grad()
     def allocate(self, step: int) -> None:
         """Set lambda of the lowest triplets to 0, so that the rest fits the budget of ``step``."""
@@ -230,11 +233,13 @@ class Release(Method):
         """Where on the path the next micro-batch runs: one of 1/20 ... 20/20."""
         return self._random.choice([k / NODES for k in range(1, NODES + 1)])
 
+    @part_of_step("path pass")
     @torch.no_grad()
     def _set_alpha(self, value: float) -> None:
         for layer in self._layers:
             layer.set_alpha(value)
 
+    @part_of_step("orthogonality")
     def penalty(self) -> Tensor:
         """Mean over all A and B of the Frobenius norm of their Gram matrix without its diagonal."""
         total: float | Tensor = 0.0

@@ -168,7 +168,7 @@ _SUM_BLOCK = 1024
 
 
 @cache
-def _splits(M: int, K: int, tile: Tile, device: Where) -> tuple[int, int]:
+def k_splits(M: int, K: int, tile: Tile, device: Where) -> tuple[int, int]:
     """(splits, tiles of K in each): as many as keep all processors busy, none below 8 tiles."""
     wanted = max(processors(device) // cdiv(M, tile.BLOCK_M), 1)
     tiles = cdiv(K, tile.BLOCK_K)
@@ -239,7 +239,7 @@ def launch_project(
 ) -> None:
     """Fill ``out``: (M, padded rank) buffers in x's dtype, one for each of up to three Qs; columns beyond a rank become 0."""
     M, K = x2.shape
-    splits, per_split = _splits(M, K, tile, x2.device)
+    splits, per_split = k_splits(M, K, tile, x2.device)
     parts = out
     if splits > 1:
         parts = [s.new_empty((splits, *s.shape), dtype=torch.float32) for s in out]
@@ -251,7 +251,7 @@ def launch_project(
 def launch_project_parts(x2: Tensor, Q: Tensor, tile: Tile) -> Tensor:
     """The float32 parts of x Q^T, (splits, M, padded rank), not added up yet: for dy P^T, whose sum has more to do."""
     M, K = x2.shape
-    splits, per_split = _splits(M, K, tile, x2.device)
+    splits, per_split = k_splits(M, K, tile, x2.device)
     parts = x2.new_empty((splits, M, padded_rank(Q.shape[0])), dtype=torch.float32)
     _launch(x2, [Q], [parts], None, 0.0, tile, splits, per_split)
     return parts
@@ -268,7 +268,7 @@ def traffic_project(
     parts: bool = False,
 ) -> Traffic:
     """Of one :func:`launch_project`; with ``parts``, of one :func:`launch_project_parts`."""
-    splits, _ = _splits(M, K, tile, device)
+    splits, _ = k_splits(M, K, tile, device)
     blocks = cdiv(M, tile.BLOCK_M)
     columns = sum(padded_rank(r) for r in ranks)
     q_bytes = 4 * sum(ranks) * K

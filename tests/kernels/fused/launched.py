@@ -196,7 +196,7 @@ class Launches:
     def have(self, processors: int, *, parts: int) -> None:
         """Split K where processors are many, and pass over dy once where ``parts`` of it may be large."""
         self.processors, dy_pass.PARTS_LIMIT = processors, parts
-        project._splits.cache_clear()
+        project.k_splits.cache_clear()
 
     @staticmethod
     def _replace(module: ModuleType, name: str, value: Any) -> None:
