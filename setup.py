@@ -13,6 +13,7 @@ DEMO = [
     "pyarrow>=15",
 ]
 PEFT = ["peft==0.21.*"]  # the version whose AdaLoRA ours is compared with, number by number
+TIMING = ["pytest>=8.1", "pytest-benchmark>=5.2"]  # `pytest benchmarks`
 
 setup(
     name="igulora",
@@ -38,8 +39,8 @@ setup(
     extras_require={
         "demo": DEMO,
         "hf": ["transformers>=5.0", "peft>=0.21", "accelerate>=1.0", "datasets>=4.0"],
-        "test": [*DEMO, *PEFT, "pytest>=8.1", "hypothesis>=6.100"],
-        "bench": [*DEMO, *PEFT],
+        "test": [*DEMO, *PEFT, *TIMING, "hypothesis>=6.100"],
+        "bench": [*DEMO, *PEFT, *TIMING],
         "lint": ["ruff>=0.12", "mypy>=1.15"],
     },
     entry_points={"console_scripts": ["igulora=igulora.cli:main"]},

@@ -21,9 +21,9 @@ from gpu_machine import Clock, Deadline, Setting, Times
 from torch import Tensor, nn
 
 from igulora.benchmarks.cases import Case
+from igulora.benchmarks.checks import check_start
 from igulora.benchmarks.methods import Batch, Floor, Igulora, Instantaneous, Method, PeftAdaLora, PeftLora
 from igulora.benchmarks.ratios import paired_ratios, quartiles
-from igulora.benchmarks.runner import check_start
 from igulora.kernels import allocate_triplets, importance_update, orthogonality_grad_
 from igulora.kernels.backend import use_backend
 

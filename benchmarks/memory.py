@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from igulora.measure.memory import high_water, live_storages, saved_bytes
+from igulora.measure.memory import live_storages, water_of, water_of_cuda
 
 from .methods import Method
 
@@ -23,45 +23,26 @@ def peak_memory(
             and score states, activations, and temporaries inside operators.
 
     Returns:
-        ``held``: what lives between steps; ``peak``: that and the high-water mark of a step; ``saved``: what its forward keeps for
-        its backward (:func:`igulora.measure.memory.saved_bytes`).
+        ``held``: what lives between steps; ``peak``: that and the high-water mark of a step; ``saved``: what its forward leaves for
+        its backward (:class:`igulora.measure.memory.Water`).
     """
-    if next(model.parameters()).device.type == "cuda":
-        return _on_cuda(make, model, batch, small)
-    before = live_storages()
+    cuda = next(model.parameters()).device.type == "cuda"
+    gc.collect()
+    before = torch.cuda.memory_allocated() if cuda else live_storages()
     method = make(model)
     method.prepare(small)
-    dearest = _dearest(method)
-    held = sum(size for address, size in live_storages().items() if address not in before)
-
-    def cheap() -> None:
-        method.step(small)
+    dearest = max(method.kinds(), key=lambda kind: ("path" in kind, "score" in kind))
+    if cuda:
         method.seek(dearest, small)
+        gc.collect()
+        held = torch.cuda.memory_allocated() - before
+        water = water_of_cuda(lambda: method.step(batch))
+    else:
+        held = sum(size for address, size in live_storages().items() if address not in before)
 
-    peak = held + high_water(lambda: method.step(batch), cheap)
-    method.seek(dearest, small)
-    # The last pass: it is never stepped.
-    return {"peak": peak, "held": held, "saved": saved_bytes(lambda: method.backward(batch), method.model)}
+        def cheap() -> None:
+            method.step(small)
+            method.seek(dearest, small)
 
-
-def _dearest(method: Method) -> str:
-    return max(method.kinds(), key=lambda kind: ("path" in kind, "score" in kind))
-
-
-def _on_cuda(
-    make: Callable[[nn.Module], Method], model: nn.Module, batch: dict[str, Tensor], small: dict[str, Tensor]
-) -> dict[str, int]:
-    """The same from the statistics of CUDA's allocator."""
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    method = make(model)
-    method.prepare(small)
-    dearest = _dearest(method)
-    method.seek(dearest, small)
-    gc.collect()
-    held = torch.cuda.memory_allocated() - before
-    torch.cuda.reset_peak_memory_stats()
-    method.step(batch)
-    peak = torch.cuda.max_memory_allocated() - before
-    method.seek(dearest, small)
-    return {"peak": peak, "held": held, "saved": saved_bytes(lambda: method.backward(batch), method.model)}
+        water = water_of(lambda: method.step(batch), cheap)
+    return {"peak": held + water.peak, "held": held, "saved": water.kept}

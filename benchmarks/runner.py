@@ -1,8 +1,9 @@
 """Times whole training steps of several methods: checked first, then paired and interleaved in one process.
 
 Every round runs each method once, forwards and backwards in turn; what counts is the ratio of two methods within a round, its median and
-quartiles over the rounds. A fresh adapter must leave the model's outputs as they are before anything is timed, and afterwards the
-adaptive methods must really have pruned. What does not fit into memory is reported, and the rest goes on.
+quartiles over the rounds. Before anything is timed, a fresh adapter must leave the model's outputs as they are, and a method's gradients
+must be those of a float64 computation; afterwards the adaptive methods must really have pruned. What does not fit into memory is
+reported, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import MODELS, Case
+from .checks import check_gradients, check_start
 from .counts import count_step
 from .memory import peak_memory
 from .methods import METHODS, Method
@@ -73,21 +75,6 @@ def build(name: str, base: nn.Module, case: Case) -> Method:
     torch.manual_seed(0)
     shared: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers())}
     return METHODS[name](copy.deepcopy(base, shared), case)
-
-
-def check_start(name: str, method: Method, reference: Tensor, batch: Batch) -> float:
-    """The largest change of a logit by a fresh adapter, relative to the largest logit.
-
-    Raises:
-        RuntimeError: it exceeds what rounding of the model's dtype explains; timing it would compare different computations.
-    """
-    change = (method.logits(batch) - reference).abs().max().item() / reference.abs().max().item()
-    bound = 8 * torch.finfo(reference.dtype).eps
-    if not change <= bound:
-        raise RuntimeError(
-            f"expected {name} to leave the outputs of the base model as they are, got a relative change of {change:.2e}"
-        )
-    return change
 
 
 def check_pruned(name: str, method: Method, capacity: int) -> int | None:
@@ -169,7 +156,7 @@ class Run:
 
         def one(name: str) -> None:
             method = build(name, self.base, self.case)
-            change = check_start(name, method, reference, self.small) if method.starts_as_base else None
+            change = check_start(name, method, reference, self.small)
             start = method.live()
             method.prepare(self.small)
             self.methods[name] = method
@@ -177,6 +164,7 @@ class Run:
                 "title": method.title,
                 "trainable": method.trainable(),
                 "change_at_start": change,
+                "gradient_error": check_gradients(name, self.options.device),
                 "kinds": method.kinds(),
                 "live_at_start": start,
             }
@@ -251,7 +239,7 @@ def run_cases(cases: list[Case], options: Options, reporter: Reporter) -> list[d
 
     Raises:
         ModuleNotFoundError: the weights of a model are not installed.
-        RuntimeError: a method's results are wrong, see :func:`check_start` and :func:`check_pruned`.
+        RuntimeError: a method's results are wrong, see ``checks.py`` and :func:`check_pruned`.
     """
     results = []
     for name in dict.fromkeys(case.model for case in cases):

@@ -12,6 +12,7 @@ from .config import IGUConfig
 from .context import PathContext
 from .errors import nearest
 from .layers import FusedSVDLinear, SavedModule
+from .recompute import Recompute
 from .targets import find_saved, find_targets
 
 
@@ -115,6 +116,7 @@ def _build_layers(
             generator=generator,
         )
         layer.scale = config.scale
+        layer.recompute = Recompute() if config.recompute_inputs else None
         layer.train(modules[name].training)
         layers.append(layer)
     return layers

@@ -15,7 +15,8 @@ from .context import PathContext
 from .errors import check_choice
 from .kernels import svd_linear, svd_update
 from .kernels.backend import as_given
-from .shared import SharedInput
+from .recompute import Recompute
+from .shared import SharedInput, Taken
 
 INITS = ("orthonormal", "gaussian", "lora")
 _SEED_RANGE = 2**62
@@ -93,6 +94,7 @@ class FusedSVDLinear(nn.Module):
         self.slot = 0
         self.context = PathContext()
         self.shared: SharedInput | None = None
+        self.recompute: Recompute | None = None
         where = base.weight.device
         master = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         self.lora_P = nn.Parameter(torch.empty((r, self.out_features), dtype=master, device=where))
@@ -161,9 +163,8 @@ class FusedSVDLinear(nn.Module):
         training = self.training and torch.is_grad_enabled()
         if training and self.slot == 0 and context.train_groups != 0:
             context.check_stepped()
-        cast, S, seed = (x, None, None) if self.shared is None else self.shared.take(self, x)
-        if S is None:
-            seed = self.dropout_seed(x)
+        taken = Taken(x) if self.shared is None else self.shared.take(self, x)
+        seed = self.dropout_seed(x) if taken.S is None else taken.seed
         path = None if context.path_start is None else context.accumulators[self.slot]
         factors: tuple[Tensor, Tensor, Tensor] = (self.lora_P, self.lora_E, self.lora_Q)
         if context.train_groups == 0:
@@ -177,16 +178,24 @@ class FusedSVDLinear(nn.Module):
             "scale": self.scale,
             "dropout_p": self.dropout,
             "seed": seed,
-            "S": S,
+            "S": taken.S,
             "train_groups": context.train_groups,
             "path_start": context.path_start,
             "path_weight": context.path_weight,
             "path": path,
         }
+        if self.recompute is None:
+            return self._adapted(x, taken.x, factors, options)
+        with taken.saving or self.recompute.saving(x):
+            return self._adapted(x, taken.x, factors, options)
+
+    def _adapted(
+        self, x: Tensor, cast: Tensor, factors: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]
+    ) -> Tensor:
+        base, alpha = self.base_layer, self.context.alpha
         if self.base_runs_itself:
-            return svd_update(self.base_layer(x), cast, *factors, self.mask, context.alpha, **options)
-        base = self.base_layer
-        return svd_linear(cast, base.weight, base.bias, *factors, self.mask, context.alpha, **options)
+            return svd_update(base(x), cast, *factors, self.mask, alpha, **options)
+        return svd_linear(cast, base.weight, base.bias, *factors, self.mask, alpha, **options)
 
     def delta_weight(self) -> Tensor:
         """``s * sum_i m_i lambda_i p_i q_i^T``, (out, in), in the masters' dtype."""

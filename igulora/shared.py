@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,22 @@ SHARED_NAMES = (
 )
 
 
+class Taken(NamedTuple):
+    """What a member is given for its input.
+
+    Attributes:
+        x: the input, in autocast's dtype.
+        S: (M, r), or None when the layer is to compute it itself; then there is no seed either.
+        seed: of dropout.
+        saving: context for the operators that save x, shared by the group; None when the layer is to see to that itself.
+    """
+
+    x: Tensor
+    S: Tensor | None = None
+    seed: Tensor | None = None
+    saving: AbstractContextManager[object] | None = None
+
+
 class SharedInput:
     """Adapted layers of one parent that are called with one tensor, one after the other.
 
@@ -39,6 +56,7 @@ class SharedInput:
         self._cast: Tensor | None = None  # in autocast's dtype: one copy for all members
         self._version = 0  # raised by every change in place
         self._seed: Tensor | None = None
+        self._saving: AbstractContextManager[object] | None = None
         self._ready: dict[int, Tensor] = {}
         # Slots that took their S, input by input, since the member that opens a forward was last called.
         self._opener: int | None = None
@@ -46,16 +64,16 @@ class SharedInput:
         for layer in layers:
             layer.shared = self
 
-    def take(self, layer: FusedSVDLinear, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(x in autocast's dtype, S, dropout seed) of a layer for x; (x, None, None) when it is to compute them itself."""
+    def take(self, layer: FusedSVDLinear, x: Tensor) -> Taken:
+        """What a layer needs for x."""
         watching = not torch.compiler.is_compiling()  # what a compiled graph was traced with stays
         if layer.training is not self.layers[0].training or all(member is not layer for member in self.layers):
-            return x, None, None  # a mode of its own, or a replica of a member
+            return Taken(x)  # a mode of its own, or a replica of a member
         version = x._version if watching and not x.is_inference() else 0
         if self._x is not x or self._version != version or layer.slot not in self._ready:
             if watching and self._opens(layer):
                 if self._part():
-                    return (x, None, None) if layer.shared is None else layer.shared.take(layer, x)
+                    return Taken(x) if layer.shared is None else layer.shared.take(layer, x)
                 self._opener, self._rounds = layer.slot, []
             self._start(x)
             self._version = version
@@ -63,11 +81,15 @@ class SharedInput:
                 self._rounds.append([])
         if watching and self._rounds:
             self._rounds[-1].append(layer.slot)
-        cast, S, seed = self._cast, self._ready.pop(layer.slot), self._seed
-        assert cast is not None
+        assert self._cast is not None
+        taken = Taken(self._cast, self._ready.pop(layer.slot), self._seed, self._saving)
         if not self._ready:
-            self._x = self._cast = self._seed = None
-        return cast, S, seed
+            self._forget()
+        return taken
+
+    def _forget(self) -> None:
+        self._x = self._cast = self._seed = self._saving = None
+        self._ready = {}
 
     def _opens(self, layer: FusedSVDLinear) -> bool:
         return self._opener is None or self._opener == layer.slot
@@ -86,7 +108,7 @@ class SharedInput:
         for layer in self.layers:
             parts.setdefault(first.get(layer.slot, 0), []).append(layer)
             layer.shared = None
-        self._x, self._cast, self._seed, self._ready = None, None, None, {}
+        self._forget()
         for part in parts.values():
             if len(part) > 1:
                 SharedInput(part)
@@ -102,18 +124,20 @@ class SharedInput:
             Qs = [Q.detach().requires_grad_(torch.is_grad_enabled()) for Q in Qs]
         sampled = context.path_start is not None
         (cast,) = under_autocast(x)
-        S = svd_project(
-            cast,
-            Qs,
-            context.alpha,
-            dropout_p=first.dropout,
-            seed=self._seed,
-            train_groups=context.train_groups,
-            path_start=context.path_start,
-            path_weight=context.path_weight,
-            path_Qs=[context.accumulators[layer.slot][2] for layer in layers] if sampled else None,
-        )
-        self._x, self._cast = x, cast
+        saving = nullcontext() if first.recompute is None else first.recompute.saving(cast)
+        with saving:
+            S = svd_project(
+                cast,
+                Qs,
+                context.alpha,
+                dropout_p=first.dropout,
+                seed=self._seed,
+                train_groups=context.train_groups,
+                path_start=context.path_start,
+                path_weight=context.path_weight,
+                path_Qs=[context.accumulators[layer.slot][2] for layer in layers] if sampled else None,
+            )
+        self._x, self._cast, self._saving = x, cast, saving
         self._ready = {layer.slot: part for layer, part in zip(layers, S, strict=True)}
 
 

@@ -76,20 +76,23 @@ def as_given(like: Tensor) -> AbstractContextManager[object]:
     return stack
 
 
-def past_dispatcher(like: Tensor, operator: Operator, implementation: Operator) -> Operator:
-    """What an eager call runs: the implementation itself, since PyTorch's dispatcher takes longer than a small layer's kernels.
-
-    The operator where something listens there or stands in for tensors: subclasses, dispatch modes, function transforms, the profiler.
-    """
-    unwatched = (
+def eager(like: Tensor) -> bool:
+    """Whether nothing but a profiler could listen at PyTorch's dispatcher, or stand in for tensors, in a call on ``like``."""
+    return (
         type(like) in (Tensor, torch.nn.Parameter)
         and like.device.type in ("cuda", "cpu")
         and not torch.is_grad_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd._profiler_enabled()
     )
-    return implementation if unwatched else operator
+
+
+def past_dispatcher(like: Tensor, operator: Operator, implementation: Operator) -> Operator:
+    """What an eager call runs: the implementation itself, since PyTorch's dispatcher takes longer than a small layer's kernels.
+
+    The operator where something listens there or stands in for tensors: subclasses, dispatch modes, function transforms, the profiler.
+    """
+    return implementation if eager(like) and not torch.autograd._profiler_enabled() else operator
 
 
 @cache

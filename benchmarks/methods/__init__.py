@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
-from .method import Batch, Floor, Method
-from .ours import AsAdaLora, Igulora, Instantaneous, OnPath
-from .peft_methods import PeftAdaLora, PeftLora
+from .layer_libraries import LoraFusion, PeftLiger, PeftUnsloth
+from .method import Adapted, Batch, Floor, FloorTwice, Method
+from .ours import AsAdaLora, Igulora, Instantaneous, Lean, OnPath
+from .peft_methods import PeftAdaLora, PeftDora, PeftLora
+from .release import Release, ReleaseFinal
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Floor, Instantaneous, Igulora, OnPath, AsAdaLora, PeftLora, PeftAdaLora)
+    m.name: m
+    for m in (
+        Floor,
+        Instantaneous,
+        Igulora,
+        Lean,
+        OnPath,
+        AsAdaLora,
+        PeftLora,
+        PeftDora,
+        PeftAdaLora,
+        Release,
+        ReleaseFinal,
+        PeftLiger,
+        PeftUnsloth,
+        LoraFusion,
+        FloorTwice,
+    )
 }
-DEFAULT_METHODS = ("floor", "instantaneous", "default", "on-path", "peft-lora", "peft-adalora")
+DEFAULT_METHODS = ("floor", "instantaneous", "default", "lean", "peft-lora", "peft-dora", "peft-adalora", "release")
 
 __all__ = [
     "DEFAULT_METHODS",
     "METHODS",
+    "Adapted",
     "AsAdaLora",
     "Batch",
     "Floor",
+    "FloorTwice",
     "Igulora",
     "Instantaneous",
+    "Lean",
+    "LoraFusion",
     "Method",
     "OnPath",
     "PeftAdaLora",
+    "PeftDora",
+    "PeftLiger",
     "PeftLora",
+    "PeftUnsloth",
+    "Release",
+    "ReleaseFinal",
 ]

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ..cases import Case
 
 Batch = dict[str, Tensor]
+
+
+def missing(package: str, install: str) -> str | None:
+    """Why a method that needs ``package`` cannot run here, with how to ``install`` it; None where the package is there."""
+    return f"{package} is not installed; {install}" if importlib.util.find_spec(package) is None else None
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted layer in plain mathematics, which the method's own arithmetic is checked against.
+
+    Attributes:
+        name: of the linear layer in the base model.
+        trained: its parameters by a name of the method's choice.
+        weight: ``(W0, values of the trained parameters by name) -> W``, the (out, in) weight of the plain linear layer that the adapted
+            one stands for.
+    """
+
+    name: str
+    trained: dict[str, nn.Parameter]
+    weight: Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
 class Method:
@@ -17,13 +42,17 @@ class Method:
         name: key of :data:`METHODS`.
         title: for tables.
         adaptive: whether it prunes, so that the check after the runs can ask for it.
-        starts_as_base: whether a fresh adapter leaves the model's outputs as they are.
+        starts_as_base: whether a fresh adapter leaves the outputs as they are. Where it does not, :meth:`logits` switches it off.
+        start_bound: what it may change them by, relative to the largest logit, in units of the dtype's rounding.
+        check_dtype: of the tiny model on which its gradients are checked; 16 bits where its kernels know no others.
     """
 
     name: str
     title: str
     adaptive = False
     starts_as_base = True
+    start_bound = 8
+    check_dtype = torch.float32
     optimizer: torch.optim.Optimizer | None = None
 
     def __init__(self, model: nn.Module, case: Case) -> None:
@@ -32,7 +61,7 @@ class Method:
 
     @classmethod
     def available(cls) -> str | None:
-        """None where the method can run, else why it cannot and how to install it."""
+        """None where the method can run, else why it cannot and how to install what it needs. Imports nothing."""
         return None
 
     def _optimize(self, params: object) -> None:
@@ -88,6 +117,10 @@ class Method:
         with torch.no_grad():
             return self.model(input_ids=batch["input_ids"]).logits
 
+    def adapted(self) -> Iterator[Adapted]:
+        """Every adapted layer as plain mathematics; nothing where nothing is trained."""
+        return iter(())
+
     def trainable(self) -> int:
         """How many parameters are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -108,3 +141,14 @@ class Floor(Method):
         loss = self.model(inputs_embeds=embedded, labels=batch["labels"]).loss
         loss.backward()
         return loss.detach()
+
+
+class FloorTwice(Floor):
+    """The floor's work done twice: a check of the clockwork, whose ratio to the floor must come out as 2."""
+
+    name = "floor-twice"
+    title = "the floor twice (a check: 2 by construction)"
+
+    def bare(self, batch: Batch) -> Tensor:
+        super().bare(batch)
+        return super().bare(batch)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -10,7 +12,11 @@ from torch import Tensor, nn
 import igulora
 
 from ..cases import Case
-from .method import Batch, Method
+from .method import Adapted, Batch, Method
+
+
+def _weight(W0: Tensor, values: dict[str, Tensor], mask: Tensor, scale: float) -> Tensor:
+    return W0 + scale * (values["P"].t() * (mask.to(W0.dtype) * values["E"])) @ values["Q"]
 
 
 class Igulora(Method):
@@ -69,6 +75,12 @@ class Igulora(Method):
         while self._kind(len(self._mixed) % self.config.window) != kind:
             self.step(small)
 
+    def adapted(self) -> Iterator[Adapted]:
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, igulora.FusedSVDLinear):
+                trained = {part: getattr(layer, f"lora_{part}") for part in "PEQ"}
+                yield Adapted(name, trained, partial(_weight, mask=layer.mask, scale=layer.scale))
+
     def live(self) -> int | None:
         return sum(self.controller.live_ranks().values())
 
@@ -79,6 +91,14 @@ class Instantaneous(Igulora):
     name = "instantaneous"
     title = "igulora, no path rows (`instantaneous`), scores every step"
     options: ClassVar[dict[str, object]] = {"estimator": "instantaneous", "window": 1}
+
+
+class Lean(Igulora):
+    """Ours with the least memory: path passes of their own, inputs of adapted layers recomputed."""
+
+    name = "lean"
+    title = "igulora, default estimator, separate path passes, inputs recomputed"
+    options: ClassVar[dict[str, object]] = {"path_pass": "separate", "recompute_inputs": True}
 
 
 class OnPath(Igulora):

@@ -4,12 +4,19 @@ to fp32 for them (``autocast_adapter_dtype=True``), for AdaLoRA a regulariser of
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..cases import Case
-from .method import Batch, Method
+from .method import Adapted, Batch, Method, missing
+
+INSTALL = "in igulora's folder: pip install '.[bench]'"
+ADAPTER = "default"  # the name PEFT gives to the adapter it makes
+_PREFIX = "base_model.model."
 
 
 def _task_type(model: nn.Module) -> str | None:
@@ -17,16 +24,34 @@ def _task_type(model: nn.Module) -> str | None:
     return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
 
 
-class _Peft(Method):
+class PeftMethod(Method):
+    """What PEFT's methods share.
+
+    Attributes:
+        options: of PEFT's configuration, beside rank and targets. autocast: whether PEFT keeps 16-bit adapters in fp32 (its default).
+    """
+
+    options: ClassVar[dict[str, Any]] = {}
+    autocast = True
+
     @classmethod
     def available(cls) -> str | None:
-        if importlib.util.find_spec("peft") is None:
-            return "the package peft is not installed; pip install 'igulora[bench]'"
-        return None
+        return missing("peft", INSTALL)
+
+    def _wrap(self, model: nn.Module, config: Any) -> nn.Module:
+        import peft
+
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=self.autocast)
+
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """PEFT's layers by their names in the base model."""
+        for name, module in self.model.named_modules():
+            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+                yield name.removeprefix(_PREFIX), module
 
 
-class PeftLora(_Peft):
-    """PEFT's LoRA on all linear layers."""
+class PeftLora(PeftMethod):
+    """PEFT's LoRA on the case's linear layers."""
 
     name = "peft-lora"
     title = "PEFT LoRA"
@@ -35,13 +60,37 @@ class PeftLora(_Peft):
         import peft
 
         config = peft.LoraConfig(
-            r=case.rank, lora_alpha=case.rank, target_modules=case.target_modules, task_type=_task_type(model)
+            r=case.rank,
+            lora_alpha=case.rank,
+            target_modules=case.target_modules,
+            task_type=_task_type(model),
+            **self.options,
         )
-        super().__init__(peft.get_peft_model(model, config), case)
+        super().__init__(self._wrap(model, config), case)
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
 
+    def adapted(self) -> Iterator[Adapted]:
+        for name, layer in self.layers():
+            trained = {"A": layer.lora_A[ADAPTER].weight, "B": layer.lora_B[ADAPTER].weight}
+            yield Adapted(name, trained, partial(_lora_weight, scale=layer.scaling[ADAPTER]))
 
-class PeftAdaLora(_Peft):
+
+class PeftDora(PeftLora):
+    """PEFT's DoRA on all linear layers: LoRA whose weight is scaled row by row to a trained length."""
+
+    name = "peft-dora"
+    title = "PEFT DoRA"
+    start_bound = 16  # W's rows are divided by their lengths and multiplied by them again, each layer rounds
+    options: ClassVar[dict[str, Any]] = {"use_dora": True}
+
+    def adapted(self) -> Iterator[Adapted]:
+        lengths = {name: layer.lora_magnitude_vector[ADAPTER].weight for name, layer in self.layers()}
+        for layer in super().adapted():
+            trained = layer.trained | {"length": lengths[layer.name]}
+            yield Adapted(layer.name, trained, partial(_dora_weight, unscaled=layer.weight))
+
+
+class PeftAdaLora(PeftMethod):
     """PEFT's AdaLoRA on all linear layers, stepped as its documentation says."""
 
     name = "peft-adalora"
@@ -59,7 +108,7 @@ class PeftAdaLora(_Peft):
             target_modules=case.target_modules,
             task_type=_task_type(model),
         )
-        super().__init__(peft.get_peft_model(model, config), case)
+        super().__init__(self._wrap(model, config), case)
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
         self.global_step = 0
 
@@ -77,6 +126,26 @@ class PeftAdaLora(_Peft):
         self.global_step += 1
         self.model.base_model.update_and_allocate(self.global_step)
 
+    def adapted(self) -> Iterator[Adapted]:
+        for name, layer in self.layers():
+            trained = {part: getattr(layer, f"lora_{part}")[ADAPTER] for part in "AEB"}
+            scale = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER].item() + 1e-5)
+            yield Adapted(name, trained, partial(_svd_weight, scale=scale))
+
     def live(self) -> int | None:
-        pattern = self.model.peft_config["default"].rank_pattern
+        pattern = self.model.peft_config[ADAPTER].rank_pattern
         return sum(sum(kept) for kept in pattern.values()) if pattern else None
+
+
+def _lora_weight(W0: Tensor, values: dict[str, Tensor], scale: float) -> Tensor:
+    return W0 + scale * values["B"] @ values["A"]
+
+
+def _svd_weight(W0: Tensor, values: dict[str, Tensor], scale: float) -> Tensor:
+    return W0 + scale * (values["B"] * values["E"].view(-1)) @ values["A"]
+
+
+def _dora_weight(W0: Tensor, values: dict[str, Tensor], unscaled: Any) -> Tensor:
+    """DoRA, its section 4.3: the norm that rows are divided by counts as a constant in the gradient."""
+    V = unscaled(W0, values)
+    return (values["length"] / torch.linalg.vector_norm(V, dim=1).detach()).view(-1, 1) * V

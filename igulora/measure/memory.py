@@ -1,16 +1,19 @@
-"""Memory of a training step on the CPU: what is allocated, the high-water mark, and what autograd keeps."""
+"""Memory of a training step: what is allocated, the high-water mark, and what is kept for the backward."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-_MARK = "igulora: the measured step"
+_STEP, _BACKWARD = "igulora: the measured step", "igulora: a backward pass begins"
 
 
 def live_storages() -> dict[int, int]:
@@ -26,41 +29,70 @@ def live_storages() -> dict[int, int]:
     return found
 
 
-def high_water(step: Callable[[], object], before: Callable[[], object] | None = None) -> int:
-    """High-water mark of ``step`` above what is allocated before it, in bytes, from the allocator's own events.
+@dataclass(frozen=True)
+class Water:
+    """Bytes beyond what was allocated before a step.
+
+    Attributes:
+        peak: the high-water mark. kept: what was still allocated when a backward pass began: activations that autograd keeps, and whatever
+            else the forward left; the largest of several passes.
+    """
+
+    peak: int
+    kept: int
+
+
+@contextmanager
+def _backwards(called: Callable[[], None]) -> Iterator[None]:
+    """Call ``called`` whenever a backward pass begins."""
+    original = torch.autograd.backward
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        called()
+        original(*args, **kwargs)
+
+    with mock.patch.object(torch.autograd, "backward", backward):
+        yield
+
+
+def water_of(step: Callable[[], object], before: Callable[[], object] | None = None) -> Water:
+    """Memory of ``step`` on the CPU, from the allocator's own events.
 
     Args:
         before: run first, under the same profiler, which knows only what was allocated under it: a cheap step here makes state that every
             step replaces known when it is freed.
     """
+
+    def mark() -> None:
+        with record_function(_BACKWARD):
+            pass
+
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         if before is not None:
             before()
-        with record_function(_MARK):
+        with record_function(_STEP), _backwards(mark):
             step()
     assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    begin = next(e.start_ns() for e in events if e.name() == _MARK)
-    now = start = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        if event.start_ns() < begin:
-            start = peak = now
-        peak = max(peak, now)
-    return peak - start
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    now = start = peak = kept = 0
+    stepping = False
+    for event in events:
+        if event.name() == _STEP:
+            stepping, start = True, now
+            peak = kept = now
+        elif event.name() == _BACKWARD and stepping:
+            kept = max(kept, now)
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return Water(peak - start, kept - start)
 
 
-def saved_bytes(run: Callable[[], object], model: nn.Module) -> int:
-    """Bytes that the forwards inside ``run`` keep for their backward, each storage once, ``model``'s own tensors not counted."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(kept.values())
+def water_of_cuda(step: Callable[[], object]) -> Water:
+    """The same on the current CUDA device, from its allocator's statistics."""
+    kept = [0]
+    start = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with _backwards(lambda: kept.append(torch.cuda.memory_allocated() - start)):
+        step()
+    return Water(torch.cuda.max_memory_allocated() - start, max(kept))

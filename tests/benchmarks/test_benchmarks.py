@@ -127,7 +127,7 @@ def test_memory_is_what_was_allocated() -> None:
     batch = {"x": torch.ones(1_000_000)}
     measured = peak_memory(_Adds, torch.nn.Linear(1, 1), batch, batch)
     assert measured["held"] == 6_000_000
-    assert measured["saved"] == 4_000_000
+    assert measured["saved"] == pytest.approx(4_000_000, rel=1e-3)  # and the loss
     assert measured["peak"] == pytest.approx(14_000_000, rel=1e-3)
 
 

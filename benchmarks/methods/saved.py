@@ -1,0 +1,95 @@
+"""Adapters that somebody trained, read from their folder: igulora's and PEFT's, stepped as their own options say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import igulora
+from igulora.checkpoint import CONFIG_FILE
+from igulora.files import read_json
+
+from ..cases import Case
+from .method import Batch, Method
+from .ours import Igulora
+
+PEFT_FILE = "adapter_config.json"
+RUN_FILE = "run.json"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter."""
+    return (folder / CONFIG_FILE).is_file() or (folder / PEFT_FILE).is_file()
+
+
+def base_of(folder: Path) -> str | None:
+    """The base model that an adapter's folder names, or None."""
+    if (folder / PEFT_FILE).is_file():
+        return read_json(folder / PEFT_FILE).get("base_model_name_or_path") or None
+    return read_json(folder / RUN_FILE).get("model") if (folder / RUN_FILE).is_file() else None
+
+
+def open_adapter(folder: Path, model: nn.Module, case: Case) -> Method:
+    """The adapter of a folder on its base model.
+
+    Raises:
+        ValueError, FileNotFoundError: the folder holds none, or one of another model.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return SavedIgulora(folder, model, case)
+    if (folder / PEFT_FILE).is_file():
+        return SavedPeft(folder, model, case)
+    raise ValueError(f"expected {CONFIG_FILE} or {PEFT_FILE} in an adapter's folder, found neither in {folder}")
+
+
+class SavedIgulora(Igulora):
+    """An adapter of ours with the method, ranks and estimator it was trained with, from its first step on."""
+
+    name = "saved"
+
+    def __init__(self, folder: Path, model: nn.Module, case: Case) -> None:
+        Method.__init__(self, igulora.load_adapter(model, folder), case)
+        self.config = self.model.igulora_config
+        self.title = f"{folder.name} ({self.config.method})"
+        self._optimize(igulora.param_groups(self.model, lr=1e-4))
+        self.controller = igulora.Controller(self.model)
+        self._mixed = []
+
+    def prepare(self, small: Batch) -> None:
+        if self.config.scored:
+            super().prepare(small)
+
+    def kinds(self) -> dict[str, float]:
+        return super().kinds() if self.config.scored else {"step": 1.0}
+
+    def seek(self, kind: str, small: Batch) -> None:
+        if self.config.scored:
+            super().seek(kind, small)
+
+
+class SavedPeft(Method):
+    """A LoRA or AdaLoRA adapter of PEFT's, trained on; AdaLoRA in the middle of its pruning phase."""
+
+    name = "saved"
+
+    def __init__(self, folder: Path, model: nn.Module, case: Case) -> None:
+        import peft
+
+        super().__init__(peft.PeftModel.from_pretrained(model, folder, is_trainable=True), case)
+        config = self.model.peft_config["default"]
+        self.title = f"{folder.name} (PEFT {config.peft_type.value})"
+        self.adaptive = config.peft_type == peft.PeftType.ADALORA
+        self.global_step = 0
+        if self.adaptive:
+            self.global_step = (config.tinit + config.total_step - config.tfinal) // 2
+        self._optimize([p for p in self.model.parameters() if p.requires_grad])
+
+    def bare(self, batch: Batch) -> Tensor:
+        loss = self.model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    def book(self) -> None:
+        if self.adaptive:
+            self.model.base_model.update_and_allocate(self.global_step)

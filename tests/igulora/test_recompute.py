@@ -1,0 +1,182 @@
+"""recompute_inputs: inputs of adapted layers are left out of memory and made again, bit by bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import igulora
+from igulora.measure.memory import water_of
+from igulora.recompute import Recompute
+
+
+class Norm(nn.Module):
+    """A root-mean-square norm as transformers writes it, with a frozen weight in 16 bits."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width).bfloat16() + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * wide.to(x.dtype)
+
+
+class Block(nn.Module):
+    """Norm, gated MLP, residual: inputs of all three linears are products."""
+
+    def __init__(self, width: int = 32, inner: int = 64) -> None:
+        super().__init__()
+        self.norm = Norm(width)
+        self.gate_proj = nn.Linear(width, inner, bias=False, dtype=torch.bfloat16)
+        self.up_proj = nn.Linear(width, inner, bias=False, dtype=torch.bfloat16)
+        self.down_proj = nn.Linear(inner, width, bias=False, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down_proj(nn.functional.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class Stack(nn.Module):
+    def __init__(self, blocks: int = 2, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return x.float().pow(2).mean()
+
+
+def adapted(recompute: bool, model: nn.Module | None = None, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = igulora.IGUConfig(r=4, method="lora", recompute_inputs=recompute, **options)
+    model = igulora.adapt(Stack() if model is None else model, config)
+    with torch.no_grad():
+        for layer in igulora.find_bank(model).layers:
+            layer.lora_P.normal_()
+    return model
+
+
+def gradients(model: nn.Module, x: Tensor | None = None) -> list[Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(3, 5, 32).bfloat16().requires_grad_() if x is None else x
+    model(x).backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    assert x.grad is not None
+    return [*found, x.grad]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_the_same_bits(dropout: float, checkpointing: bool) -> None:
+    models = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        models.append(adapted(recompute, Stack(checkpointing=checkpointing), dropout=dropout).train())
+    for _ in range(2):  # the first pass tries the recipes out, the second uses them
+        kept, made_again = (gradients(model) for model in models)
+        assert len(kept) > 10
+        assert all(torch.equal(a, b) for a, b in zip(kept, made_again, strict=True))
+
+
+def test_the_inputs_are_left_out_of_memory() -> None:
+    """Per block: the norm's output, read by gate and up, and the product that down reads."""
+    kept = []
+    for recompute in (False, True):
+        model = adapted(recompute)
+        x = torch.randn(64, 16, 32).bfloat16().requires_grad_()
+        model(x).backward()
+        kept.append(
+            water_of(lambda model=model, x=x: model(x).backward(), lambda model=model, x=x: model(x).backward()).kept
+        )
+    rows, itemsize, blocks = 64 * 16, 2, 2
+    assert kept[0] - kept[1] == blocks * rows * (32 + 64) * itemsize
+
+
+def test_an_input_that_nothing_else_keeps_is_kept() -> None:
+    layer = adapted(True).blocks[0].down_proj
+    x = torch.randn(4, 64).bfloat16().requires_grad_()
+    for source in (
+        x,
+        x + 1,
+        torch.relu(x),
+        x.view(2, 2, 64),
+    ):  # a leaf, and operators that keep nothing or the result itself
+        layer(source).float().sum().backward()
+    assert layer.recompute._exact == {}
+
+
+def test_a_recipe_that_is_not_exact_is_not_used() -> None:
+    """In float32 a cast from float64 and a cast from bfloat16 look alike to the graph; here the product's dtype is not what it seems."""
+    recompute = Recompute()
+    x = torch.randn(8, 8, dtype=torch.float64, requires_grad=True)
+    frozen = torch.rand(8, dtype=torch.float64)
+    narrow = (x * x).to(torch.bfloat16)  # rounded before the product below, which is wider than x's own cast would be
+    product = (frozen * narrow).to(torch.float32)
+    with recompute.saving(product):
+        kept = (product * torch.ones(8, requires_grad=True)).sum()
+    kept.backward()
+    assert list(recompute._exact.values()) == [False]
+
+
+def test_all_members_of_a_group_take_the_same_recipe() -> None:
+    model = adapted(True)
+    gradients(model)
+    block = model.blocks[0]
+    assert block.gate_proj.shared is block.up_proj.shared is not None
+    gate = [layer for layer in block.gate_proj.shared.layers if layer.recompute._exact]
+    assert len(gate) == 1
+    assert list(block.down_proj.recompute._exact.values()) == [True]
+
+
+def test_a_graph_can_be_walked_twice() -> None:
+    one, other = adapted(False), adapted(True)
+    x = torch.randn(3, 5, 32).bfloat16()
+    found = []
+    for model in (one, other):
+        gradients(model)
+        torch.manual_seed(2)
+        y = x.clone().requires_grad_()
+        loss = model(y)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_copies_recompute_too() -> None:
+    model = adapted(True)
+    gradients(model)
+    twin = copy.deepcopy(model)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(twin), strict=True))
+    assert twin.blocks[0].down_proj.recompute is not model.blocks[0].down_proj.recompute
+
+
+def test_a_whole_run_is_the_same_with_and_without() -> None:
+    losses = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = Stack()
+        igulora.adapt(model, igulora.IGUConfig(r=4, total_steps=60, window=4, ig_every=2, recompute_inputs=recompute))
+        optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=1e-2))
+        controller = igulora.Controller(model)
+        data = torch.Generator().manual_seed(3)
+        seen = []
+        for _ in range(24):
+            x = torch.randn(4, 5, 32, generator=data).bfloat16()
+            loss = controller.backward(lambda b, model=model: model(b.requires_grad_()), x)
+            seen.append(loss.item())
+            optimizer.step()
+            controller.step()
+            optimizer.zero_grad()
+        losses.append(seen)
+    assert losses[0] == losses[1]
