@@ -6,6 +6,7 @@ with something plausible; a counter outside notes each such wait before it is an
 
 from __future__ import annotations
 
+import operator
 import random
 from contextlib import ExitStack
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_COMPARISONS = {"lt", "le", "gt", "ge"}
+_COMPARISONS: dict[str, Any] = {"lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
 _OPTIMIZERS = {"_fused_adamw_", "_fused_adam_", "_fused_sgd_"}
 
 
@@ -26,7 +27,8 @@ class MetaDevice:
 
     Attention runs as the one operator that a fused kernel is (the CPU's, whose shapes ask for no padding), where the meta device alone
     would take it apart into products and a softmax. Answers: numbers are 1, a tensor read whole is ones; what was asked of all entries
-    is true; a comparison of two scalars comes out by chance, from a seed, so that a sort that waits at each one makes as many as it would.
+    is true; scalars that are compared get numbers by chance, from a seed, so that a sort that waits at each comparison makes as many as it
+    would of real ones.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -52,17 +54,17 @@ class MetaDevice:
 
 
 def comparisons_of_a_sort(entries: int, seed: int = 0) -> int:
-    """How often Python compares two of so many entries while it sorts them, where each comparison comes out by chance."""
+    """How often Python compares two of so many shuffled numbers while it sorts them."""
     chance = random.Random(seed)
     made = 0
 
-    class Entry:
-        def __lt__(self, other: Entry) -> bool:
+    class Number(float):
+        def __lt__(self, other: float) -> bool:
             nonlocal made
             made += 1
-            return chance.random() < 0.5
+            return float(self) < float(other)
 
-    sorted(Entry() for _ in range(entries))
+    sorted(Number(chance.random()) for _ in range(entries))
     return made
 
 
@@ -95,7 +97,9 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self._chance = chance
         self.comparisons = 0
-        self._compared: int | None = None  # the storage of the last comparison of scalars
+        # Where a scalar lies, and the number it got; the storage of the last comparison of scalars, and how it came out.
+        self._numbers: dict[tuple[int, Any], float] = {}
+        self._compared: tuple[int, bool] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,14 +111,21 @@ class _Operators(TorchDispatchMode):
         if short in _OPTIMIZERS and args[0][0].is_meta:
             return None
         result = func(*args, **kwargs)
-        if short in _COMPARISONS and isinstance(result, Tensor) and result.ndim == 0:
-            self._compared = result.untyped_storage()._cdata
+        if short in _COMPARISONS and result.is_meta and result.ndim == 0:
+            first, second = (self._number(value) for value in args)
+            self._compared = result.untyped_storage()._cdata, _COMPARISONS[short](first, second)
         return result
+
+    def _number(self, value: Any) -> float:
+        if not isinstance(value, Tensor):
+            return float(value)
+        where = (value.untyped_storage()._cdata, value.storage_offset())
+        return self._numbers.setdefault(where, self._chance.random())
 
     def _answer(self, asked: Tensor) -> bool | int | float:
         if asked.dtype == torch.bool:
-            if asked.untyped_storage()._cdata != self._compared:
+            if self._compared is None or asked.untyped_storage()._cdata != self._compared[0]:
                 return True
             self.comparisons += 1
-            return self._chance.random() < 0.5
+            return self._compared[1]
         return 1.0 if asked.dtype.is_floating_point else 1

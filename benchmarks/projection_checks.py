@@ -80,8 +80,15 @@ def against_counted(base: nn.Module, case: Case, names: Iterable[str], where: Ar
             cost, syncs, _ = extrapolated(first, second, shape.layers - 1, Roofline())
             projected, counted = _figures((cost, syncs)), _figures(StepCount.of(counting))
             operators = Counter(
-                {k: _straight(first, second, k, shape.layers) for k in {*first.operators, *second.operators}}
+                {
+                    k: _straight_line(first.operators[k], second.operators[k], shape.layers)
+                    for k in {*first.operators, *second.operators}
+                }
             )
+            waits = "aten::_local_scalar_dense"
+            operators["aten::lt"] += syncs[waits] - _straight_line(
+                first.syncs[waits], second.syncs[waits], shape.layers
+            )  # a sort's
             differ = {
                 k: [operators[k], counting.launches[k]]
                 for k in sorted({*operators, *counting.launches})
@@ -97,8 +104,8 @@ def against_counted(base: nn.Module, case: Case, names: Iterable[str], where: Ar
     return result
 
 
-def _straight(first: StepCount, second: StepCount, name: str, layers: int) -> int:
-    return first.operators[name] + (second.operators[name] - first.operators[name]) * (layers - 1)
+def _straight_line(first: int, second: int, layers: int) -> int:
+    return first + (second - first) * (layers - 1)
 
 
 # -- counters against PyTorch's own -----------------------------------------------------------------------------------

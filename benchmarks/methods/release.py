@@ -334,10 +334,10 @@ def _weight(W0: Tensor, values: dict[str, Tensor], layer: ReleaseLinear) -> Tens
 def _adapt(model: nn.Module, case: Case) -> nn.Module:
     """Put a :class:`ReleaseLinear` in the place of every linear layer that the case adapts, never of the output head."""
     head = model.get_output_embeddings()
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            wanted = not case.targets or name in case.targets
-            if isinstance(child, nn.Linear) and child is not head and wanted:
-                layer = ReleaseLinear(child.requires_grad_(False), case.rank, lora_alpha=float(case.rank))
-                setattr(parent, name, layer)
+    for name, child in list(model.named_modules()):
+        wanted = not case.targets or any(name == ending or name.endswith(f".{ending}") for ending in case.targets)
+        if isinstance(child, nn.Linear) and child is not head and wanted:
+            layer = ReleaseLinear(child.requires_grad_(False), case.rank, lora_alpha=float(case.rank))
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer)
     return model

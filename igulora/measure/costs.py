@@ -51,9 +51,10 @@ class Cost:
         return self.read + self.written
 
 
-# Operators that only make or describe storage.
+# Operators that only make or describe storage, or a number that travels as an argument.
 FREE = frozenset(
     {
+        "scalar_tensor",
         "empty",
         "empty_like",
         "empty_strided",
