@@ -209,8 +209,10 @@ def all_settings() -> Iterator[Setting]:
     for every, fraction in ((1, 1.0), (1, 0.25), (2, 0.25), (4, 0.25), (6, 0.25), (16, 0.25)):
         yield Setting("stratified", None, every, fraction)
     yield Setting("gauss", 3, aggregate="absolute")
-    for every, fraction in ((1, 0.25), (2, 0.25), (4, 0.25), (6, 0.25), (16, 0.25)):
-        yield Setting("gauss", 3, every, fraction, control=True)
+    for every in (1, 2, 4, 6, 8, 16):
+        yield Setting("gauss", 3, every, 0.25, control=True)
+    for estimator, nodes in (("gauss", 1), ("gauss", 2), ("stratified", None)):
+        yield Setting(estimator, nodes, 6, 0.25, control=True)
 
 
 def settings(study: Study) -> list[Setting]:
