@@ -100,11 +100,7 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to estimate the path gradient; the fields are those of ``IGUConfig``.
-
-    ``control`` marks a proposal that the library does not offer: the training gradient of *all* sequences, which is free, plus the
-    sampled sequences' path gradient minus their own gradient at alpha = 1 (a control variate; unbiased for the same integral).
-    """
+    """One way to estimate the path gradient; the fields are those of ``IGUConfig``."""
 
     estimator: str
     nodes: int | None = None
@@ -138,17 +134,13 @@ class Setting:
             return "plain"
         if self.estimator.startswith("on-path"):
             return "on-path"
-        endpoint = self.estimator == "trapezoid" or self.control
-        return f"rows {self.fraction:g}" + " + endpoint" * endpoint + " + f(0)" * self.f0
+        endpoint = self.estimator == "trapezoid"
+        return f"rows {self.fraction:g}" + " + endpoint" * endpoint + " + control" * self.control + " + f(0)" * self.f0
 
     @property
     def timed_as(self) -> Setting:
-        """A setting of the library with steps of the same kind, scored once per window. A control's training rows take part in the
-        sample, as the trapezoid's do for its endpoint.
-        """
-        estimator = "trapezoid" if self.control else self.estimator
-        nodes = None if self.control else self.nodes
-        return Setting(estimator, nodes, every=10**6, fraction=self.fraction, f0=self.f0)
+        """A setting with steps of the same kind, scored once per window."""
+        return dataclasses.replace(self, every=10**6, weights="trapezoid", aggregate="signed")
 
     @property
     def draws(self) -> bool:
@@ -166,6 +158,7 @@ class Setting:
             weights=self.weights,
             include_f0=self.f0,
             aggregate=self.aggregate,
+            control=self.control,
             path_pass="separate",
             seed=seed,
         )
@@ -209,8 +202,10 @@ def all_settings() -> Iterator[Setting]:
     for every, fraction in ((1, 1.0), (1, 0.25), (2, 0.25), (4, 0.25), (6, 0.25), (16, 0.25)):
         yield Setting("stratified", None, every, fraction)
     yield Setting("gauss", 3, aggregate="absolute")
-    for every, fraction in ((1, 0.25), (2, 0.25), (4, 0.25), (6, 0.25), (16, 0.25)):
-        yield Setting("gauss", 3, every, fraction, control=True)
+    for every in (1, 2, 4, 6, 8, 16):
+        yield Setting("gauss", 3, every, 0.25, control=True)
+    for estimator, nodes in (("gauss", 1), ("gauss", 2), ("stratified", None)):
+        yield Setting(estimator, nodes, 6, 0.25, control=True)
 
 
 def settings(study: Study) -> list[Setting]:

@@ -53,6 +53,7 @@ class PathPasses:
     Attributes:
         in_window: micro-batches of the current window so far.
         mixed: whether the last micro-batch had path rows appended, so that its loss is that of training and path rows together.
+        sampled: whether the path was sampled in the last micro-batch at all.
         absolute: mean over the window of |w| |sample| (``aggregate="absolute"``), flat, or None.
 
     Raises:
@@ -67,7 +68,7 @@ class PathPasses:
         self.quadrature = Quadrature(config)
         self.in_window = 0
         self.absolute: Tensor | None = None
-        self.mixed = False
+        self.mixed = self.sampled = False
         self._mean_checked = False
         # Trainable parameters that are neither adapters nor modules to save: path rows must not reach them.
         self._others = _other_trainables(model, bank)
@@ -93,7 +94,7 @@ class PathPasses:
 
     def train(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
         """An ordinary training pass; returns the detached loss."""
-        self.mixed = False
+        self.mixed = self.sampled = False
         loss = _checked(loss_fn(batch))
         (loss * scale).backward()
         return loss.detach()
@@ -124,6 +125,7 @@ class PathPasses:
             self._add_training_gradient(scale, before)
         if due:
             self._fold()
+        self.sampled = due
         self.in_window += 1
         return loss
 

@@ -42,11 +42,11 @@ class Igulora(Method):
         super().__init__(igulora.adapt(model, self.config), case)
         self._optimize(igulora.param_groups(self.model, lr=1e-4))
         self.controller = igulora.Controller(self.model)
-        self._mixed: list[bool] = []
+        self._sampled: list[bool] = []
 
     def backward(self, batch: Batch) -> Tensor:
         loss = self.controller.backward(lambda b: self.model(**b).loss, batch)
-        self._mixed.append(self.controller.last_loss_is_joint)
+        self._sampled.append(self.controller.passes.sampled)
         return loss
 
     def book(self) -> None:
@@ -58,12 +58,12 @@ class Igulora(Method):
 
     def prepare(self, small: Batch) -> None:
         """Four windows: three precede the first allocation, the last shows where in a window path rows come."""
-        self._mixed.clear()
+        self._sampled.clear()
         for _ in range(4 * self.config.window):
             self.step(small)
 
     def _kind(self, position: int) -> str:
-        path = self._mixed[3 * self.config.window + position]
+        path = self._sampled[3 * self.config.window + position]
         scored = position == self.config.window - 1
         return ("path" if path else "plain") + ("+score" if scored else "")
 
@@ -72,7 +72,7 @@ class Igulora(Method):
         return {kind: count / self.config.window for kind, count in counts.items()}
 
     def seek(self, kind: str, small: Batch) -> None:
-        while self._kind(len(self._mixed) % self.config.window) != kind:
+        while self._kind(len(self._sampled) % self.config.window) != kind:
             self.step(small)
 
     def adapted(self) -> Iterator[Adapted]:

@@ -54,7 +54,7 @@ class SavedIgulora(Igulora):
         self.title = f"{folder.name} ({self.config.method})"
         self._optimize(igulora.param_groups(self.model, lr=1e-4))
         self.controller = igulora.Controller(self.model)
-        self._mixed = []
+        self._sampled = []
 
     def prepare(self, small: Batch) -> None:
         if self.config.scored:
