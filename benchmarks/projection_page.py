@@ -197,7 +197,9 @@ launch; a step takes the longer of that sum and of the host's time for its launc
 the blocks are adapted, heads are frozen; attention is a fused kernel. A method with several kinds of step is averaged over them."""
 COUNTED = """\
 Steps on the meta device, extrapolated from models of one and two layers, against the same steps of the whole model with weights, counted
-as they ran on this machine's CPU. The tiny model's rotary frequencies were cast to bf16 with its weights, which makes one copy more."""
+as they ran on this machine's CPU. The tiny model's rotary frequencies were cast to bf16 with its weights, which makes one copy more.
+The release compares scores on the host until they are sorted: projected are comparisons of shuffled numbers that differ, while few steps
+leave scores of 16 bits that are partly equal or in order, which Python's sort sees sooner."""
 COUNTERS = """\
 A real step of the tiny model: calls of operators that no other operator made, by torch.profiler, and FLOPs by it and by
 torch.utils.flop_counter. What igulora's operators compute inside is left out on all sides. `add_` counts as `add`."""
