@@ -14,7 +14,7 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def paired_ratios(
-    times: Times, denominators: tuple[str, ...] = ("floor", "peft-lora", "peft-adalora")
+    times: Times, denominators: tuple[str, ...] = ("floor", "peft-lora", "peft-adalora", "release")
 ) -> dict[str, dict[str, float]]:
     """Quartiles of the ratios, round by round, of every series to every baseline, as ``"a/b"``."""
     pairs = [(a, b) for b in denominators if b in times for a in times if a != b]

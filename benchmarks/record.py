@@ -64,14 +64,12 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path:
-    """The file with the latest date in ``folder``.
+    """The file with the latest date in its name in ``folder``.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted(
-        folder.glob("*.json"), key=lambda file: (json.loads(file.read_text(encoding="utf-8"))["date"], file.name)
-    )
+    files = sorted(folder.glob("*.json"))
     if not files:
         raise FileNotFoundError(f"expected a result file in {folder}, found none; measure first")
     return files[-1]

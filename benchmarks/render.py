@@ -1,7 +1,7 @@
-"""Writes the measured tables of README.md and benchmarks/README.md from a committed result file, between markers.
+"""Writes the measured tables of README.md and benchmarks/README.md from the committed records, between markers.
 
-python benchmarks/render.py                 # from the newest file in benchmarks/results
-python benchmarks/render.py FILE.json
+python -m igulora.benchmarks.render                 # from the newest record in benchmarks/results
+python -m igulora.benchmarks.render FILE.json       # several files of one machine are put together
 """
 
 from __future__ import annotations
@@ -12,157 +12,130 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from igulora.benchmarks.cases import TARGETS, Target
-from igulora.benchmarks.pages import replace, table
+from . import targets
+from .machine import RESULTS
+from .pages import place, replace, table
+from .record import merge, newest, read
 
-HERE = Path(__file__).resolve().parent
 MARKERS = ("<!-- benchmark:begin -->", "<!-- benchmark:end -->")
 NOTHING = (
-    "Nothing has been measured yet: `make bench` writes a result file, `python benchmarks/render.py` this table.\n"
+    "Nothing has been measured yet: `make bench` writes a record, `python -m igulora.benchmarks.render` this table.\n"
 )
-
-
-def figure(result: dict[str, Any], target: Target) -> dict[str, float] | None:
-    """A target's measured value: ``median``, and ``q1``, ``q3`` where it was repeated; None if not measured."""
-    kind, _, what = target.key.partition(":")
-    if kind == "ratio":
-        return result["ratios"].get(what)
-    if kind == "memory":
-        ours, _, theirs = what.partition("/")
-        memory = result.get("memory", {})
-        return {"median": memory[ours]["peak"] / memory[theirs]["peak"]} if {ours, theirs} <= set(memory) else None
-    counts = result["counts"].get("instantaneous")
-    return {"median": counts["bookkeeping" if what == "launches" else what]} if counts else None
-
-
-def cell(value: dict[str, float] | None, limit: float | None) -> str:
-    """A measured value, with its spread, and by how much it misses the target if it does."""
-    if value is None:
-        return "not measured"
-    median = value["median"]
-    missed = limit is not None and median > limit
-    if isinstance(median, int):
-        return f"{median}, missed" if missed else f"{median}"
-    text = f"{median:.2f}" + (f" [{value['q1']:.2f}–{value['q3']:.2f}]" if "q1" in value else "")
-    return f"{text}, missed by {100 * (median / limit - 1):.0f}%" if missed else text
-
-
-def shape(result: dict[str, Any]) -> str:
-    """Batch shape, as a column title."""
-    return f"{result['case']['rows']}×{result['case']['length']}"
+_KEYS = ("instantaneous", "default", "lean", "peft-lora", "peft-dora", "peft-adalora", "release")
 
 
 def setting(record: dict[str, Any]) -> str:
     """One paragraph: what was measured, on what, how."""
-    case, place, versions = record["results"][0]["case"], record["machine"], record["versions"]
-    shapes = " and ".join(shape(r) for r in record["results"])
-    extensions = ", ".join(place["bf16"]) or "no vector extensions recorded"
+    case = record["results"][0]["case"]
+    shapes = " and ".join(targets.shape(r) for r in record["results"])
     return (
         f"{case['model_title']}, all linears but the output head, r = {case['rank']}, {case['dtype']}, batches of "
-        f"{shapes} tokens; {record['date']}, {place['cpu']}, {place['cores']} cores ({extensions}), "
-        f"{record['threads']} threads, Python {place['python']}, torch {versions['torch']}, PEFT {versions['peft']}, "
-        f"commit {versions['commit']}. Medians [quartiles] of {record['results'][0]['rounds']} paired ratios, methods "
+        f"{shapes} tokens. {place(record)} Medians [quartiles] of {record['results'][0]['rounds']} paired ratios, methods "
         "interleaved in one process; PEFT with its defaults, fused AdamW for all. Floor: forward and input gradient "
         "of the frozen model.\n"
     )
 
 
-def targets_table(record: dict[str, Any]) -> str:
-    """Targets beside what was measured."""
-    rows = [
-        [
-            t.what,
-            "–" if t.limit is None else f"≤ {t.limit:g}",
-            *(cell(figure(result, t), t.limit) for result in record["results"]),
-        ]
-        for t in TARGETS
-    ]
-    return table(["what", "target", *(shape(r) for r in record["results"])], rows)
+def summary(record: dict[str, Any]) -> str:
+    """The one table of README.md: time over the floor and peak memory of every method."""
+    rows = []
+    first = record["results"][0]
+    for name in [name for name in _KEYS if name in first["methods"]]:
+        row = [first["methods"][name]["title"]]
+        for result in record["results"]:
+            row.append(targets.cell(result["ratios"].get(f"{name}/floor"), None))
+        for result in record["results"]:
+            memory = result.get("memory", {})
+            both = {name, "floor"} <= set(memory)
+            row.append(f"{memory[name]['peak'] / memory['floor']['peak']:.2f}" if both else "–")
+        rows.append(row)
+    shapes = [targets.shape(r) for r in record["results"]]
+    header = ["step over the floor", *(f"time, {s}" for s in shapes), *(f"peak memory, {s}" for s in shapes)]
+    return f"{setting(record)}\n{table(header, rows)}"
 
 
 def steps_table(result: dict[str, Any]) -> str:
     """Absolute step times, ratios to the floor, memory and launches of every method."""
     rows = []
     for name, method in result["methods"].items():
+        if "error" in method:
+            rows.append([method["title"], method["error"].partition(":")[0], *["–"] * 7])
+            continue
         step, ratio = result["step"][name], result["ratios"].get(f"{name}/floor")
         memory, counts = result.get("memory", {}).get(name), result["counts"].get(name)
         rows.append(
             [
                 method["title"],
                 f"{step['median']:.3f} [{step['q1']:.3f}–{step['q3']:.3f}]",
-                f"{ratio['median']:.2f}" if ratio else "1",
+                f"{ratio['median']:.2f} [{ratio['q1']:.2f}–{ratio['q3']:.2f}]" if ratio else "1",
                 f"{memory['peak'] / 2**20:.0f}" if memory else "–",
                 f"{memory['held'] / 2**20:.0f}" if memory else "–",
                 f"{memory['saved'] / 2**20:.0f}" if memory else "–",
-                f"{counts['step']}" if counts else "–",
-                f"{counts['bookkeeping']}" if counts else "–",
-                f"{counts['syncs']}" if counts else "–",
+                f"{counts['step']:,}" if counts else "–",
+                f"{counts['bookkeeping']:,}" if counts else "–",
+                f"{counts['syncs']:,}" if counts else "–",
             ]
         )
-    header = [
-        "method",
-        "step, s",
-        "over floor",
-        "peak, MiB",
-        "held, MiB",
-        "saved, MiB",
-        "launches",
-        "of which bookkeeping",
-        "syncs",
-    ]
+    memory_columns = ["peak, MiB", "held, MiB", "kept for backward, MiB"]
+    header = ["method", "step, s", "over floor", *memory_columns, "launches", "of which bookkeeping", "syncs"]
     return table(header, rows)
 
 
 def kinds_table(result: dict[str, Any]) -> str:
-    """Step times of ours by kind of step, for methods that have several."""
+    """Step times by kind of step, for methods that have several."""
     rows = [
         [f"`{name}`", kind, f"{share:.3f}", f"{result['step'][f'{name}:{kind}']['median']:.3f}"]
         for name, method in result["methods"].items()
-        if len(method["kinds"]) > 1
+        if len(method.get("kinds", ())) > 1 and "error" not in method
         for kind, share in method["kinds"].items()
     ]
     return table(["method", "kind of step", "share", "median, s"], rows) if rows else ""
 
 
-def profile_table(result: dict[str, Any]) -> str:
-    """Self times of the most expensive operators, ours beside the floor's."""
-    profiles = result.get("profile", {})
-    if not {"floor", "instantaneous"} <= set(profiles):
-        return ""
-    floor = {row["operator"]: row for row in profiles["floor"]}
-    rows = [
-        [
-            f"`{row['operator']}`",
-            f"{row['ms']:.0f} ({row['calls']})",
-            f"{floor[row['operator']]['ms']:.0f} ({floor[row['operator']]['calls']})"
-            if row["operator"] in floor
-            else "–",
-        ]
-        for row in profiles["instantaneous"]
-    ]
-    return table(["operator", "`instantaneous`, ms (calls)", "floor, ms (calls)"], rows)
-
-
 def details(record: dict[str, Any]) -> str:
     """The text of benchmarks/README.md between its markers."""
-    parts = [setting(record), targets_table(record)]
+    parts = [setting(record), targets.steps(record), "Other targets, each from its own record:\n", targets.others()]
     for result in record["results"]:
-        parts += [f"### {shape(result)} tokens\n", steps_table(result), kinds_table(result)]
-        profile = profile_table(result)
-        if profile:
-            parts += [
-                "Where the time of one profiled step goes (self time by operator; profiling itself adds some):\n",
-                profile,
+        parts += [f"### {targets.shape(result)} tokens\n", steps_table(result), kinds_table(result)]
+    return "\n".join(part for part in (*parts, profiles(RESULTS / "profile"), probes(RESULTS / "probes")) if part)
+
+
+def profiles(folder: Path) -> str:
+    """Where a step's time goes, from every record of ``igulora profile`` in a folder."""
+    out = []
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        options, found = record["options"], record["profiles"]
+        names = [name for name in found[0]["parts"] if any(p["parts"][name]["seconds"] for p in found)]
+        rows = [
+            [
+                p["title"],
+                *(_ms(p["parts"][name]["seconds"]) for name in names),
+                _ms(p["profiled_seconds"]),
+                _ms(p["wall_seconds"]),
             ]
-    return "\n".join(part for part in parts if part)
+            for p in found
+        ]
+        head = (
+            f"### Profile, {options['rows']}×{options['length']} tokens\n\n{place(record)} Milliseconds of one step by part, under the "
+            "profiler (`igulora profile`), and of an undisturbed one; one step each, not paired.\n"
+        )
+        picture = (
+            f"![parts](results/profile/{file.with_suffix('.png').name})\n" if file.with_suffix(".png").exists() else ""
+        )
+        out.append(f"{head}\n{table(['step', *names, 'sum', 'undisturbed'], rows)}\n{picture}")
+    return "\n".join(out)
 
 
-def probes_table(root: Path) -> str:
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}" if seconds else "–"
+
+
+def probes(folder: Path) -> str:
     """What was tried beside the shipped CPU path, from the newest file of ``probes.py``; empty when there is none."""
-    files = sorted((root / "results" / "probes").glob("*.json"))
-    if not files:
+    if not any(folder.glob("*.json")):
         return ""
-    record = json.loads(files[-1].read_text(encoding="utf-8"))
+    record = json.loads(newest(folder).read_text(encoding="utf-8"))
     rows = [
         [name, f"{p['ratio']:.2f} [{p['quartiles'][0]:.2f}–{p['quartiles'][1]:.2f}]", f"{p['reference_ms']:.2f}"]
         for name, p in record["probes"].items()
@@ -175,22 +148,21 @@ def probes_table(root: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Render the newest result file, or the one named."""
+    """Render the newest record, or those named."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("file", nargs="?", type=Path, help="result file (default: the newest in benchmarks/results)")
+    parser.add_argument("files", nargs="*", type=Path, help="records (default: the newest in benchmarks/results)")
     parser.add_argument(
-        "--root", type=Path, default=HERE.parent, help="root of the repository whose documents are written"
+        "--root", type=Path, default=RESULTS.parents[1], help="of the repository whose documents are written"
     )
     options = parser.parse_args(arguments)
-    files = sorted(
-        (HERE / "results").glob("*.json"), key=lambda f: (json.loads(f.read_text(encoding="utf-8"))["date"], f.name)
-    )
-    file = options.file or (files[-1] if files else None)
-    record = json.loads(file.read_text(encoding="utf-8")) if file else None
-    summary = setting(record) + "\n" + targets_table(record) if record else NOTHING
-    replace(options.root / "README.md", summary, MARKERS)
-    page = details(record) + "\n" + probes_table(HERE) if record else NOTHING
-    replace(options.root / "benchmarks" / "README.md", page, MARKERS)
+    try:
+        files = options.files or ([newest(RESULTS)] if any(RESULTS.glob("*.json")) else [])
+        record = merge([read(file) for file in files]) if files else None
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    replace(options.root / "README.md", summary(record) if record else NOTHING, MARKERS)
+    replace(options.root / "benchmarks" / "README.md", details(record) if record else NOTHING, MARKERS)
     return 0
 
 

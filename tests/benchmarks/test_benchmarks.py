@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from igulora.benchmarks import cases, render
+from igulora.benchmarks import cases, render, targets
 from igulora.benchmarks.memory import peak_memory
 from igulora.benchmarks.ratios import paired_ratios
 from igulora.measure.counting import Counting
@@ -73,14 +73,15 @@ def test_tables_are_written_between_the_markers(record_file: Path, tmp_path: Pat
     for name in ("README.md", "benchmarks/README.md"):
         written, original = ((folder / name).read_text(encoding="utf-8") for folder in (tmp_path, root))
         assert "4×16" in written
-        assert all(target.what in written for target in cases.TARGETS)
+        if name.startswith("benchmarks"):
+            assert all(target.what in written for target in cases.TARGETS)
         begin, end = render.MARKERS
         assert written.partition(begin)[0] == original.partition(begin)[0]
         assert written.partition(end)[2] == original.partition(end)[2]
 
 
 def test_a_missed_target_says_by_how_much() -> None:
-    cell = render.cell
+    cell = targets.cell
     assert cell({"median": 1.17, "q1": 1.15, "q3": 1.2}, 1.18) == "1.17 [1.15–1.20]"
     assert cell({"median": 1.298, "q1": 1.28, "q3": 1.31}, 1.18) == "1.30 [1.28–1.31], missed by 10%"
     assert cell({"median": 12}, 10) == "12, missed"

@@ -1,0 +1,137 @@
+"""The design's targets beside what the committed records say: steps on the CPU, and what other studies found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .cases import TARGETS, Target
+from .fidelity_choice import ALLOWED, WANTED, choose
+from .fidelity_page import FOLDER as FIDELITY
+from .fidelity_page import read as read_fidelity
+from .machine import RESULTS
+from .pages import table
+from .record import newest
+
+
+def figure(result: dict[str, Any], target: Target) -> dict[str, float] | None:
+    """A target's measured value: ``median``, and ``q1``, ``q3`` where it was repeated; None if not measured."""
+    kind, _, what = target.key.partition(":")
+    if kind == "ratio":
+        return result["ratios"].get(what)
+    if kind == "memory":
+        ours, _, theirs = what.partition("/")
+        memory = result.get("memory", {})
+        return {"median": memory[ours]["peak"] / memory[theirs]["peak"]} if {ours, theirs} <= set(memory) else None
+    counts = result.get("counts", {}).get("instantaneous")
+    return {"median": counts["bookkeeping" if what == "launches" else what]} if counts else None
+
+
+def cell(value: dict[str, float] | None, limit: float | None) -> str:
+    """A measured value, with its spread, and by how much it misses the target if it does."""
+    if value is None:
+        return "not measured"
+    median = value["median"]
+    missed = limit is not None and median > limit
+    if isinstance(median, int):
+        return f"{median}, missed" if missed else f"{median}"
+    text = f"{median:.2f}" + (f" [{value['q1']:.2f}–{value['q3']:.2f}]" if "q1" in value else "")
+    return f"{text}, missed by {100 * (median / limit - 1):.0f}%" if missed else text
+
+
+def shape(result: dict[str, Any]) -> str:
+    """Batch shape, as a column title."""
+    return f"{result['case']['rows']}×{result['case']['length']}"
+
+
+def steps(record: dict[str, Any]) -> str:
+    """Targets of whole steps beside what was measured."""
+    rows = [
+        [
+            t.what,
+            "–" if t.limit is None else f"≤ {t.limit:g}",
+            *(cell(figure(result, t), t.limit) for result in record["results"]),
+        ]
+        for t in TARGETS
+    ]
+    return table(["what", "target", *(shape(r) for r in record["results"])], rows)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One target of another study: what was found, whether that meets it, and the page that says more."""
+
+    what: str
+    target: str
+    found: str
+    met: bool | None
+    page: str
+
+
+def fidelity() -> Finding:
+    """The path estimator's agreement with the exact integral, of the setting that the rule picks among those that sample the path."""
+    what, target = (
+        "path estimator: top-b agreement with the exact integral",
+        f"≥ {WANTED:g} at ≤ {100 * ALLOWED:.0f}% extra time",
+    )
+    page = "results/fidelity/README.md"
+    choice = choose(read_fidelity(FIDELITY), path_only=True)
+    if choice is None:
+        return Finding(what, target, "not measured", None, page)
+    how = "extra time" if choice.timed else "extra sequences"
+    return Finding(
+        what, target, f"{choice.agreement:.3f} at {100 * choice.cost:.1f}% {how} ({choice.key})", choice.reached, page
+    )
+
+
+def compiled() -> Finding:
+    """The rules that compiled kernels are held to."""
+    records = [json.loads(f.read_text(encoding="utf-8")) for f in sorted((RESULTS / "compile").glob("*.json"))]
+    broken = sum(len(record["breaches"]) for record in records)
+    versions = ", ".join(record["versions"]["triton"] for record in records)
+    count = sum(len(record["rows"]) for record in records)
+    return Finding(
+        "every Triton kernel, sm_80 to sm_120: no spills, dots on tensor cores, 16-byte accesses",
+        "no rule broken",
+        f"{broken} broken in {count:,} compilations (Triton {versions})",
+        broken == 0 if records else None,
+        "results/compile/README.md",
+    )
+
+
+def on_a_gpu() -> list[Finding]:
+    """Whole steps on the newest GPU record: as CUDA graphs where both were captured, else eager."""
+    folder = RESULTS / "gpu"
+    if not any(folder.glob("*.json")):
+        return []
+    file = newest(folder)
+    record = json.loads(file.read_text(encoding="utf-8"))
+    items = record["parts"]["steps"]["items"]
+    device, page = record["environment"]["machine"]["name"], f"results/gpu/{file.with_suffix('.md').name}"
+    found = []
+    for name, title, limit in (("peft-adalora", "PEFT AdaLoRA", 0.6), ("peft-lora", "PEFT LoRA", 0.9)):
+        for part, how in (("eager", "eager"), ("graphs", "as a CUDA graph")):
+            ratio = items.get(part, {}).get("ratios", {}).get(f"instantaneous/{name}")
+            if ratio is not None:
+                text = cell(ratio, limit)
+                found.append(
+                    Finding(
+                        f"{device}: whole step over {title}, {how}", f"≤ {limit:g}", text, "missed" not in text, page
+                    )
+                )
+    variants = next(iter(record["parts"]["layers"]["items"].values()))["variants"]
+    if "skipped" in variants.get("LoRAFusion", {}):
+        found.append(
+            Finding(f"{device}: over LoRAFusion's layer", "≤ 1", "not measured (not installed there)", None, page)
+        )
+    return found
+
+
+def others() -> str:
+    """Targets that other records speak of."""
+    rows = []
+    for finding in (fidelity(), compiled(), *on_a_gpu()):
+        verdict = "–" if finding.met is None else "met" if finding.met else "missed"
+        rows.append([finding.what, finding.target, finding.found, verdict, f"[page]({finding.page})"])
+    return table(["what", "target", "found", "", ""], rows)
