@@ -17,7 +17,7 @@ demo: $(VENV)/.igulora-demo
 	$(BIN)/igulora finetune --overwrite $(ARGS)
 
 test: $(VENV)/.igulora-test
-	$(BIN)/pytest $(ARGS)
+	env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 bench: $(VENV)/.igulora-bench
 	$(BIN)/igulora bench --record $(ARGS)

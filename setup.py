@@ -26,10 +26,11 @@ setup(
     packages=[
         *find_packages(include=["igulora", "igulora.*"]),
         *("igulora.kernels", "igulora.kernels.fused"),
-        *("igulora.benchmarks", "igulora.benchmarks.methods"),
+        "igulora.benchmarks",
+        *(f"igulora.benchmarks.{name}" for name in ("fidelity", "methods", "projection", "scaling")),
     ],
     package_dir={"igulora": "igulora", "igulora.kernels": "kernels", "igulora.benchmarks": "benchmarks"},
-    package_data={"igulora": ["py.typed"], "igulora.benchmarks": ["configs/*.json"]},
+    package_data={"igulora": ["py.typed"], "igulora.benchmarks.projection": ["configs/*.json"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
@@ -39,7 +40,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "hf": ["transformers>=5.0", "peft>=0.21", "accelerate>=1.0", "datasets>=4.0"],
-        "test": [*DEMO, *PEFT, *TIMING, "hypothesis>=6.100"],
+        "test": [*DEMO, *PEFT, *TIMING, "hypothesis>=6.100", "pytest-xdist>=3.6"],
         "bench": [*DEMO, *PEFT, *TIMING],
         "lint": ["ruff>=0.12", "mypy>=1.15"],
     },

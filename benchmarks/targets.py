@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cases import TARGETS, Target
-from .fidelity_choice import ALLOWED, WANTED, choose
-from .fidelity_page import FOLDER as FIDELITY
-from .fidelity_page import read as read_fidelity
+from .fidelity.choice import ALLOWED, WANTED, choose
+from .fidelity.page import FOLDER as FIDELITY
+from .fidelity.page import read as read_fidelity
 from .machine import RESULTS
 from .pages import table
 from .record import newest

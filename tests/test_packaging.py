@@ -121,7 +121,9 @@ def test_every_subpackage_goes_into_the_wheel(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("igulora-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    configs = {f"igulora/{f.relative_to(ROOT)}" for f in (ROOT / "benchmarks" / "configs").glob("*.json")}
+    configs = {
+        f"igulora/{f.relative_to(ROOT)}" for f in (ROOT / "benchmarks" / "projection" / "configs").glob("*.json")
+    }
     assert configs
     assert configs <= set(names)
     held = {name for name in names if name.endswith(".py")}

@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"expected --target-rank from 1 to the rank of {args.rank}, got {target}")
     require("transformers", "bench", "igulora project")
     from ..benchmarks.cases import Case
-    from ..benchmarks.projection import DEFAULTS, check_methods, project
-    from ..benchmarks.shapes import find_shape
+    from ..benchmarks.projection.project import DEFAULTS, check_methods, project
+    from ..benchmarks.projection.shapes import find_shape
 
     console = require("rich.console", "demo", "the command line").Console()
     names = (

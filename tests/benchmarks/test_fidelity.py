@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import igulora
-from igulora.benchmarks import fidelity, fidelity_page
 from igulora.benchmarks.cases import MODELS
-from igulora.benchmarks.fidelity_cases import STUDIES, Setting, settings
-from igulora.benchmarks.fidelity_choice import choose, frontier, lines
-from igulora.benchmarks.fidelity_measure import (
+from igulora.benchmarks.fidelity import page as fidelity_page
+from igulora.benchmarks.fidelity import study as fidelity
+from igulora.benchmarks.fidelity.choice import choose, frontier, lines
+from igulora.benchmarks.fidelity.measure import (
     Integral,
     Samples,
     Scorer,
@@ -27,6 +27,7 @@ from igulora.benchmarks.fidelity_measure import (
     loss_change,
     top,
 )
+from igulora.benchmarks.fidelity.settings import STUDIES, Setting, settings
 from igulora.benchmarks.models import load_model
 from igulora.quadrature import gauss_legendre
 
@@ -387,7 +388,7 @@ def test_the_committed_page_is_the_rendering() -> None:
 
 def test_the_toy_is_what_the_study_adapts() -> None:
     """The tiny study adapts the same linears that the float64 toy does, so what holds there holds in the study."""
-    from igulora.benchmarks.fidelity_problem import load
+    from igulora.benchmarks.fidelity.problem import load
 
     problem = load(STUDIES["tiny"])
     assert isinstance(problem.model, nn.Module)

@@ -13,12 +13,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("triton")
 
-from igulora.benchmarks import projection_page
 from igulora.benchmarks.cases import CASES, MODELS, Case
-from igulora.benchmarks.meta import MetaDevice, comparisons_of_a_sort
 from igulora.benchmarks.methods import METHODS
 from igulora.benchmarks.models import load_model
-from igulora.benchmarks.projection import (
+from igulora.benchmarks.projection import page as projection_page
+from igulora.benchmarks.projection.checks import FIGURES, against_counted, against_pytorch, shape_of
+from igulora.benchmarks.projection.meta import MetaDevice, comparisons_of_a_sort
+from igulora.benchmarks.projection.project import (
     Projected,
     StepCount,
     count_steps,
@@ -28,8 +29,7 @@ from igulora.benchmarks.projection import (
     project,
     project_method,
 )
-from igulora.benchmarks.projection_checks import FIGURES, against_counted, against_pytorch, shape_of
-from igulora.benchmarks.shapes import Shape, find_shape, frozen, linears_of
+from igulora.benchmarks.projection.shapes import Shape, find_shape, frozen, linears_of
 from igulora.measure.costs import Cost
 from igulora.measure.counting import Counting
 from igulora.measure.roofline import CARDS, PROJECTION, Roofline
@@ -250,7 +250,7 @@ def test_the_page_is_what_the_newest_record_renders_to() -> None:
     record = json.loads(projection_page.newest().read_text(encoding="utf-8"))
     expected = projection_page.render(record)
     assert projection_page.PAGE.read_text(encoding="utf-8") == expected, (
-        "run python -m igulora.benchmarks.projection_page --render"
+        "run python -m igulora.benchmarks.projection.page --render"
     )
 
 

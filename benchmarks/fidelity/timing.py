@@ -14,9 +14,9 @@ from igulora.bank import find_bank
 from igulora.controller import Controller
 from igulora.optim import param_groups
 
-from .fidelity_cases import Setting, Study
-from .fidelity_problem import Problem
-from .ratios import quartiles
+from ..ratios import quartiles
+from .problem import Problem
+from .settings import Setting, Study
 
 
 def time_kinds(

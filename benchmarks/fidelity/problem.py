@@ -21,9 +21,9 @@ from igulora.training.extras import require
 from igulora.training.modeling import load_sequence_model, load_tokenizer
 from igulora.training.tasks import Classification
 
-from .cases import MODELS
-from .fidelity_cases import Study
-from .models import load_model
+from ..cases import MODELS
+from ..models import load_model
+from .settings import Study
 
 Batch = dict[str, Tensor]
 _WORDS = 24  # of a snippet: about 32 tokens; a whole article would be too easy, and its gradients next to nothing

@@ -14,9 +14,9 @@ from igulora.bank import find_bank
 from igulora.files import write_tensors
 from igulora.quadrature import gauss_legendre
 
-from .fidelity_cases import Setting, Study
-from .fidelity_measure import MEASURES, Integral, Samples, Scorer, agreement, composite_trapezoid, integrate
-from .fidelity_problem import Problem, load, load_point, save_point, train
+from .measure import MEASURES, Integral, Samples, Scorer, agreement, composite_trapezoid, integrate
+from .problem import Problem, load, load_point, save_point, train
+from .settings import Setting, Study
 
 _GAUSS = 5  # nodes of the reference where the exact integral would take too long
 

@@ -1,8 +1,8 @@
 """Writes the record of projections and their checks, and the page of tables made from it.
 
-python -m igulora.benchmarks.projection_page            # minutes: projects every frozen model, runs the checks, writes record and page
-python -m igulora.benchmarks.projection_page --render   # only the page, from the newest record
-python -m igulora.benchmarks.projection_page --check    # exit code 1 if the page is not what the newest record renders to
+python -m igulora.benchmarks.projection.page            # minutes: projects every frozen model, runs the checks, writes record and page
+python -m igulora.benchmarks.projection.page --render   # only the page, from the newest record
+python -m igulora.benchmarks.projection.page --check    # exit code 1 if the page is not what the newest record renders to
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 from igulora.measure.roofline import PROJECTION, Roofline, card
 
-from .cases import Case
-from .machine import RESULTS, machine, versions
-from .pages import table
-from .projection import project
-from .projection_checks import FIGURES, against_record, validate
-from .record import write
+from ..cases import Case
+from ..machine import RESULTS, machine, versions
+from ..pages import table
+from ..record import write
+from .checks import FIGURES, against_record, validate
+from .project import project
 from .shapes import frozen
 
 FOLDER = RESULTS / "projection"
@@ -44,7 +44,7 @@ def newest() -> Path:
     found = sorted(FOLDER.glob("*.json"))
     if not found:
         raise FileNotFoundError(
-            f"expected a record in {FOLDER}, found none; run python -m igulora.benchmarks.projection_page"
+            f"expected a record in {FOLDER}, found none; run python -m igulora.benchmarks.projection.page"
         )
     return found[-1]
 
@@ -215,7 +215,7 @@ def render(record: dict[str, Any]) -> str:
     lines = [
         "# Projections, not measurements",
         "",
-        "Made by `python -m igulora.benchmarks.projection_page`; nothing here is typed by hand, and no time in the tables of models was",
+        "Made by `python -m igulora.benchmarks.projection.page`; nothing here is typed by hand, and no time in the tables of models was",
         "measured. `igulora project MODEL` makes such a table for any model and card.",
         f"{record['date']}, Python {place['python']}, {made_with}, commit {packages['commit']}.",
         "",
@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             "up to date"
             if current
-            else f"{PAGE.name} is out of date: run python -m igulora.benchmarks.projection_page --render"
+            else f"{PAGE.name} is out of date: run python -m igulora.benchmarks.projection.page --render"
         )
         return int(not current)
     if not options.render:

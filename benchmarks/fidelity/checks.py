@@ -11,9 +11,9 @@ from torch import Tensor
 
 from igulora.path_pass import PathPasses
 
-from .fidelity_cases import Setting
-from .fidelity_measure import MEASURES, agreement, composite_trapezoid, difference, integrate, loss_change, top
-from .fidelity_point import Point
+from .measure import MEASURES, agreement, composite_trapezoid, difference, integrate, loss_change, top
+from .point import Point
+from .settings import Setting
 
 
 def check(point: Point) -> dict[str, Any]:

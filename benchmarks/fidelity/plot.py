@@ -7,7 +7,7 @@ from typing import Any
 
 from igulora.training.extras import require
 
-from .fidelity_choice import ALLOWED, WANTED, Line, Record, frontier, lines
+from .choice import ALLOWED, WANTED, Line, Record, frontier, lines
 
 # Measure -> how the row of panels is called.
 ROWS = {"sensitivity": "sensitivity |w·T|", "snr": "score (SNR, smoothed)"}

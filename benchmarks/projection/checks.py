@@ -25,10 +25,10 @@ from igulora.measure.counting import Counting
 from igulora.measure.operators import Architecture
 from igulora.measure.roofline import Roofline, card
 
-from .cases import CASES, MODELS, Case
-from .methods import METHODS, Method
-from .models import load_model
-from .projection import DEFAULTS, StepCount, count_steps, extrapolated, project
+from ..cases import CASES, MODELS, Case
+from ..methods import METHODS, Method
+from ..models import load_model
+from .project import DEFAULTS, StepCount, count_steps, extrapolated, project
 from .shapes import Shape, linears_of
 
 FIGURES = ("launches", "read", "written", "flops", "syncs")

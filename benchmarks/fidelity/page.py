@@ -1,4 +1,4 @@
-"""Writes results/fidelity/README.md and frontier.png from the records beside it: python -m igulora.benchmarks.fidelity_page"""
+"""Writes results/fidelity/README.md and frontier.png from the records beside it: python -m igulora.benchmarks.fidelity.page"""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .fidelity_choice import RULE, Choice, Line, Record, choose, frontier, lines, measures_of
-from .fidelity_plot import draw
-from .machine import RESULTS
-from .pages import table
+from ..machine import RESULTS
+from ..pages import table
+from .choice import RULE, Choice, Line, Record, choose, frontier, lines, measures_of
+from .plot import draw
 
 FOLDER = RESULTS / "fidelity"
 PICTURE = "frontier.png"
 INTRODUCTION = f"""# How faithful are the estimators of the path gradient?
 
-Written by `python -m igulora.benchmarks.fidelity_page` from the records in this folder (`python -m igulora.benchmarks.fidelity`).
+Written by `python -m igulora.benchmarks.fidelity.page` from the records in this folder (`python -m igulora.benchmarks.fidelity`).
 
 Adapters are trained for some hundred steps at full rank and then held still. Over the micro-batches of one scoring window the *exact*
 integral is a composite trapezoid on 20 intervals (21 evaluations of every sequence). Each estimator, the library's own code, sees the

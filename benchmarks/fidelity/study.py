@@ -29,12 +29,12 @@ import torch
 from igulora.files import write_json
 from igulora.training.demo import cache_folder
 
-from . import fidelity_page
-from .fidelity_cases import STUDIES, Setting, Study, settings
-from .fidelity_checks import check
-from .fidelity_point import Point
-from .fidelity_time import Forecast, time_kinds
-from .machine import machine, versions
+from ..machine import machine, versions
+from . import page
+from .checks import check
+from .point import Point
+from .settings import STUDIES, Setting, Study, settings
+from .timing import Forecast, time_kinds
 
 FORMAT = 1
 
@@ -188,8 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     study = STUDIES["tiny" if options.quick else options.model]
     if options.steps is not None:
         study = dataclasses.replace(study, steps=options.steps)
-    output = options.output or unfinished(fidelity_page.FOLDER, study.name, options.time)
-    output = output or fidelity_page.FOLDER / f"{datetime.date.today().isoformat()}-{study.name}.json"
+    output = options.output or unfinished(page.FOLDER, study.name, options.time)
+    output = output or page.FOLDER / f"{datetime.date.today().isoformat()}-{study.name}.json"
     try:
         record = open_record(study, output, options.threads)
     except ValueError as error:
@@ -199,8 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     Run(study, record, output, work, options.time, partial(print, flush=True)).go()
     print(f"written: {output}  ({record['seconds_in_all']:.0f} s in all)")
-    if output.parent == fidelity_page.FOLDER:
-        print(f"written: {', '.join(str(file) for file in fidelity_page.write(output.parent))}")
+    if output.parent == page.FOLDER:
+        print(f"written: {', '.join(str(file) for file in page.write(output.parent))}")
     return 0
 
 

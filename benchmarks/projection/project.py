@@ -20,9 +20,9 @@ from igulora.measure.counting import Counting, MultiTensor
 from igulora.measure.operators import Architecture
 from igulora.measure.roofline import PROJECTION, Roofline
 
-from .cases import Case
+from ..cases import Case
+from ..methods import METHODS, Method
 from .meta import MetaDevice, comparisons_of_a_sort
-from .methods import METHODS, Method
 from .shapes import Shape, linears_of
 
 DEFAULTS = ("floor", "instantaneous", "default", "peft-lora", "peft-dora", "peft-adalora", "release")

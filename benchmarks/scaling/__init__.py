@@ -1,0 +1,1 @@
+"""How cost grows with rank, tokens, layers, adapted matrices and triplets."""

@@ -1,0 +1,7 @@
+"""python -m igulora.benchmarks.scaling"""
+
+import sys
+
+from .curves import main
+
+sys.exit(main())
