@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from igulora.measure.counting import Counting
+from igulora.measure.parts import PartTracker
 
 from .methods import Method
 
-
-def _count(run: Callable[[], object]) -> Counting:
-    with Counting() as counting:
-        run()
-    return counting
+BOOKKEEPING = ("orthogonality", "scores", "allocation")
 
 
 def count_step(method: Method, batch: dict[str, Tensor]) -> dict[str, Any]:
-    """Counts of one step of a prepared method, which is not to be used afterwards: its last pass is never stepped.
+    """Counts of a prepared method's steps, kinds of steps averaged by their shares.
 
     Returns:
-        ``bookkeeping``: launches for orthogonality, scores, schedule and masks, that is those of the step beyond the
-            model's own
-        forward and backward and the optimizer; ``syncs`` of the same; ``step``: launches of the whole step; and both by
-        operator.
+        ``step``: kernels launched, as a GPU would see them; ``bookkeeping``: those of orthogonality, scores and allocation;
+        ``syncs``: waits for the device; ``kinds``: the same for each kind of step. Whole numbers where there is one kind.
     """
-    step = _count(lambda: method.step(batch))
-    method.make_gradients()
-    backward = _count(lambda: method.backward(batch))
-    if method.optimizer is not None:
-        method.optimizer.step()
-    book = _count(method.book)
-    method.make_gradients()
-    bare = _count(lambda: method.bare(batch))
-    launches = backward.launches - bare.launches + book.launches
-    syncs = backward.syncs - bare.syncs + book.syncs
-    return {
-        "step": sum(step.launches.values()),
-        "bookkeeping": sum(launches.values()),
-        "bookkeeping_by_operator": dict(launches.most_common(16)),
-        "syncs": sum(syncs.values()),
-        "syncs_by_operator": dict(syncs.most_common(8)),
+    kinds = {}
+    for kind in method.kinds():
+        method.seek(kind, batch)
+        with PartTracker(method.model, method.optimizer) as tracker, Counting(tracker.current) as counting:
+            method.step(batch)
+        kinds[kind] = {
+            "step": counting.total.launches,
+            "bookkeeping": sum(counting.costs[part].launches for part in BOOKKEEPING if part in counting.costs),
+            "syncs": counting.syncs.total(),
+        }
+    shares = method.kinds()
+    mean = {
+        key: sum(share * kinds[kind][key] for kind, share in shares.items()) if len(kinds) > 1 else found
+        for key, found in next(iter(kinds.values())).items()
     }
+    return {**mean, "kinds": kinds}

@@ -71,9 +71,7 @@ def steps_table(result: dict[str, Any]) -> str:
                 f"{memory['peak'] / 2**20:.0f}" if memory else "–",
                 f"{memory['held'] / 2**20:.0f}" if memory else "–",
                 f"{memory['saved'] / 2**20:.0f}" if memory else "–",
-                f"{counts['step']:,}" if counts else "–",
-                f"{counts['bookkeeping']:,}" if counts else "–",
-                f"{counts['syncs']:,}" if counts else "–",
+                *(f"{counts[key]:,.0f}" if counts else "–" for key in ("step", "bookkeeping", "syncs")),
             ]
         )
     memory_columns = ["peak, MiB", "held, MiB", "kept for backward, MiB"]

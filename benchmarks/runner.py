@@ -121,9 +121,7 @@ class Run:
         self.result["step"] = {name: quartiles(series) for name, series in times.items()}
         self.result["ratios"] = paired_ratios(times)
         if self.options.counts:
-            self.result["counts"] = {
-                name: count_step(method, self.small) for name, method in self.methods.items() if name != "floor"
-            }
+            self.result["counts"] = {name: count_step(method, self.small) for name, method in self.methods.items()}
         names = list(self.methods)
         self.methods.clear()  # their memory is not what the next part measures
         if self.options.memory:

@@ -64,6 +64,20 @@ class Allocator:
             t_end=config.prunes_until,
             delta_t=config.delta_t or 1,
         )
+        self._budgets: dict[int, Tensor] = {}
+
+    def _budget(self, step: int) -> Tensor:
+        """b(step), () int64 on the device: one of a table that went there once, so that an allocation launches nothing for it."""
+        device = self.bank.device
+        if not self._budgets or self._budgets[self.schedule.t_end].device != device:
+            steps = self.schedule.due_steps()
+            table = torch.tensor([self.schedule.budget(due) for due in steps], dtype=torch.int64)
+            if device.type == "cuda":
+                table = table.pin_memory()  # a copy from pageable memory would wait for the device
+            self._budgets = dict(zip(steps, table.to(device, non_blocking=True).unbind(), strict=True))
+        if step in self._budgets:
+            return self._budgets[step]
+        return torch.full((), self.schedule.budget(step), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def allocate(self, importance: Importance, step: int) -> None:
@@ -74,10 +88,9 @@ class Allocator:
         """
         bank, config = self.bank, self.config
         scores = POLICIES[config.method](bank, importance, config)
-        budget = torch.full((), self.schedule.budget(step), dtype=torch.int64, device=bank.device)  # a fill, no copy
         live = allocate_triplets(
             scores,
-            budget,
+            self._budget(step),
             bank.layer_index,
             eligible=bank.live > 0 if config.prune == "hard" else None,
             costs=bank.cost if config.budget_unit == "parameters" else None,

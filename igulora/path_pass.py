@@ -96,7 +96,7 @@ class PathPasses:
         """An ordinary training pass; returns the detached loss."""
         self.mixed = self.sampled = False
         loss = _checked(loss_fn(batch))
-        (loss * scale).backward()
+        (loss if scale == 1.0 else loss * scale).backward()
         return loss.detach()
 
     def train_and_sample(self, loss_fn: LossFn, batch: Any, scale: float, fresh: bool = False) -> Tensor:

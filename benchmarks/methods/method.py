@@ -94,12 +94,6 @@ class Method:
         if self.optimizer is not None:
             self.optimizer.zero_grad()
 
-    def make_gradients(self) -> None:
-        """Zero gradients, so that autograd adds to them in each of two passes whose launches are compared."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-
     def prepare(self, small: Batch) -> None:
         """Bring the schedule into its pruning phase, with cheap steps."""
         for _ in range(4):

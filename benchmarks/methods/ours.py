@@ -52,10 +52,6 @@ class Igulora(Method):
     def book(self) -> None:
         self.controller.step()
 
-    def make_gradients(self) -> None:
-        """The controller makes them, as views of one buffer; what is left to do is to clear those that a pass left."""
-        self.optimizer.zero_grad(set_to_none=False)
-
     def prepare(self, small: Batch) -> None:
         """Four windows: three precede the first allocation, the last shows where in a window path rows come."""
         self._sampled.clear()
