@@ -10,7 +10,7 @@ class ModelCase:
     """A model to adapt.
 
     Attributes:
-        name: as given to ``run.py --model``.
+        name: as given to ``igulora bench --model``.
         package: the installed package whose folder holds ``file``, or None for a randomly initialised Llama of
             ``config``.
         file: GGUF file in the package's folder.

@@ -24,7 +24,8 @@ def count_step(method: Method, batch: dict[str, Tensor]) -> dict[str, Any]:
     kinds = {}
     for kind in method.kinds():
         method.seek(kind, batch)
-        with PartTracker(method.model, method.optimizer) as tracker, Counting(tracker.current) as counting:
+        device = next(method.model.parameters()).device
+        with PartTracker(method.model, method.optimizer) as tracker, Counting(tracker.current, device) as counting:
             method.step(batch)
         kinds[kind] = {
             "step": counting.total.launches,

@@ -1,6 +1,6 @@
 """A whole training step on a GPU: ours, PEFT's LoRA and AdaLoRA, and the frozen floor; paired, interleaved, one process.
 
-The methods are those of ``baselines.py``, on one randomly initialised Llama whose frozen weights they share. A time is that of a block of
+The methods are those of ``methods/``, on one randomly initialised Llama whose frozen weights they share. A time is that of a block of
 steps as long as a scoring window, from a device at rest to a device at rest, divided by its steps: all kinds of step that an estimator
 has take part by their share, and the host runs ahead of the device as it does in training. Afterwards the steps of those that can be
 captured are replayed as CUDA graphs, which leaves the device's work alone, and taken with compiled models, which is nearly that.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,21 @@ def peak_memory(
             and score states, activations, and temporaries inside operators.
 
     Returns:
-        ``held``: what lives between steps; ``peak``: that and the high-water mark of a step; ``saved``: what its forward leaves for
-        its backward (:class:`igulora.measure.memory.Water`).
+        ``held``: what lives between steps, of which ``optimizer`` is the optimizer's state and ``scores`` that of the scores and
+        path samples; ``peak``: what is held and the high-water mark of a step; ``saved``: what its forward leaves for its backward
+        (:class:`igulora.measure.memory.Water`).
     """
-    cuda = next(model.parameters()).device.type == "cuda"
+    device = next(model.parameters()).device
     gc.collect()
-    before = torch.cuda.memory_allocated() if cuda else live_storages()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else live_storages()
     method = make(model)
     method.prepare(small)
-    dearest = max(method.kinds(), key=lambda kind: ("path" in kind, "score" in kind))
-    if cuda:
+    dearest = method.dearest()
+    if device.type == "cuda":
         method.seek(dearest, small)
         gc.collect()
-        held = torch.cuda.memory_allocated() - before
-        water = water_of_cuda(lambda: method.step(batch))
+        held = torch.cuda.memory_allocated(device) - before
+        water = water_of_cuda(lambda: method.step(batch), device)
     else:
         held = sum(size for address, size in live_storages().items() if address not in before)
 
@@ -45,4 +47,16 @@ def peak_memory(
             method.seek(dearest, small)
 
         water = water_of(lambda: method.step(batch), cheap)
-    return {"peak": held + water.peak, "held": held, "saved": water.kept}
+    states = [] if method.optimizer is None else [t for s in method.optimizer.state.values() for t in s.values()]
+    return {
+        "peak": held + water.peak,
+        "held": held,
+        "optimizer": _bytes(states),
+        "scores": _bytes(method.score_state()),
+        "saved": water.kept,
+    }
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    storages = [value.untyped_storage() for value in values if isinstance(value, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -17,10 +17,11 @@ def place(record: dict[str, Any]) -> str:
     where, versions = record["machine"], record["versions"]
     cpu = f"{where['cpu']}, {where['cores']} cores ({', '.join(where['bf16']) or 'no vector extensions recorded'})"
     device = cpu if where["device"] == "cpu" else f"{where['device']}, {cpu}"
+    commits = dict.fromkeys(result.get("commit", versions["commit"]) for result in record.get("results", [{}]))
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
     return (
         f"{record['date']}, {device}, {record['threads']} threads, Python {where['python']}, {packages}, "
-        f"commit {versions['commit']}."
+        f"commit {', '.join(commits)}."
     )
 
 

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from igulora.files import write_json
 
 from .machine import RESULTS, machine, versions
 
 FORMAT = 2
 
 
-def make_record(results: list[dict[str, Any]], device: str, threads: int, seconds: float) -> dict[str, Any]:
-    """``results`` with machine, versions and date."""
+def open_record(device: str = "cpu") -> dict[str, Any]:
+    """A record without results yet: format, date, machine, versions (the commit is that of the code that runs now) and threads."""
     return {
         "format": FORMAT,
         "date": datetime.date.today().isoformat(),
         "machine": machine(device),
         "versions": versions(),
-        "threads": threads,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def close_record(opened: dict[str, Any], results: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What :func:`open_record` began, with its results; each of them carries the commit that it was measured at."""
+    commit = opened["versions"]["commit"]
+    return {
+        **opened,
         "seconds_in_all": round(seconds, 1),
-        "results": results,
+        "results": [{**result, "commit": commit} for result in results],
     }
 
 
@@ -35,12 +46,20 @@ def standard_file(record: dict[str, Any]) -> Path:
     return RESULTS / f"{record['date']}-{slug}.json"
 
 
-def write(record: Any, file: Path) -> None:
-    """Write JSON, all or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
+def keep(record: dict[str, Any], file: Path) -> Path:
+    """Write a record to ``file``, together with what is there of the same machine and versions; else beside it, under a number.
+
+    Returns:
+        Where it went.
+    """
+    for number in range(1, 1000):
+        place = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
+        try:
+            write_json(place, merge([read(place), record]) if place.exists() else record)
+        except ValueError:
+            continue  # of another machine or format
+        return place
+    raise ValueError(f"expected a free name beside {file}, found none; move old results away")
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -69,7 +88,7 @@ def newest(folder: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted(folder.glob("*.json"))
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stem)
     if not files:
         raise FileNotFoundError(f"expected a result file in {folder}, found none; measure first")
     return files[-1]

@@ -21,7 +21,7 @@ MARKERS = ("<!-- benchmark:begin -->", "<!-- benchmark:end -->")
 NOTHING = (
     "Nothing has been measured yet: `make bench` writes a record, `python -m igulora.benchmarks.render` this table.\n"
 )
-_KEYS = ("instantaneous", "default", "lean", "peft-lora", "peft-dora", "peft-adalora", "release")
+_KEYS = ("instantaneous", "default", "lean", "peft-lora", "peft-lora-16bit", "peft-dora", "peft-adalora", "release")
 
 
 def setting(record: dict[str, Any]) -> str:

@@ -77,14 +77,14 @@ def build(name: str, base: nn.Module, case: Case) -> Method:
     return METHODS[name](copy.deepcopy(base, shared), case)
 
 
-def check_pruned(name: str, method: Method, capacity: int) -> int | None:
+def check_pruned(name: str, method: Method, capacity: int | None) -> int | None:
     """Triplets live at the end.
 
     Raises:
         RuntimeError: an adaptive method has not pruned: its steps were not those that it should be timed at.
     """
     live = method.live()
-    if method.adaptive and not (live is not None and 0 < live < capacity):
+    if method.adaptive and not (live is not None and capacity is not None and 0 < live < capacity):
         raise RuntimeError(
             f"expected {name} to have pruned some of its {capacity} triplets while it was timed, got {live} live"
         )
@@ -113,10 +113,9 @@ class Run:
         self.reporter.total(phases * len(self.options.methods))
         self._build()
         times = self._time()
-        head = self.base.get_output_embeddings()
-        capacity = self.case.rank * sum(isinstance(m, nn.Linear) and m is not head for m in self.base.modules())
         for name, method in self.methods.items():
-            self.result["methods"][name]["live_at_end"] = check_pruned(name, method, capacity)
+            found = self.result["methods"][name]
+            found["live_at_end"] = check_pruned(name, method, found["live_at_start"])
         self.result["seconds"] = times
         self.result["step"] = {name: quartiles(series) for name, series in times.items()}
         self.result["ratios"] = paired_ratios(times)
@@ -132,17 +131,18 @@ class Run:
         return self.result
 
     def _guarded(self, name: str, run: Callable[[], object]) -> bool:
-        """Run something of one method; whether memory sufficed. If not, the method is out, and that is reported."""
+        """Run something of one method; where memory does not suffice or a package does not import it is out, which is reported: False."""
         try:
             run()
             return True
         except Exception as error:
-            if not out_of_memory(error):
+            if not (out_of_memory(error) or isinstance(error, ImportError)):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            what = "out of memory" if out_of_memory(error) else "cannot be imported"
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self.methods.pop(name, None)
-        self.result["methods"].setdefault(name, {"title": METHODS[name].title})["error"] = f"out of memory: {reason}"
-        self.reporter.say(f"  {self.case.name}: {name} is left out, out of memory")
+        self.result["methods"].setdefault(name, {"title": METHODS[name].title})["error"] = f"{what}: {reason}"
+        self.reporter.say(f"  {self.case.name}: {name} is left out, {what}: {reason}")
         gc.collect()
         if self.options.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -155,7 +155,7 @@ class Run:
         def one(name: str) -> None:
             method = build(name, self.base, self.case)
             change = check_start(name, method, reference, self.small)
-            start = method.live()
+            start = method.capacity()
             method.prepare(self.small)
             self.methods[name] = method
             self.result["methods"][name] = {
@@ -200,6 +200,7 @@ class Run:
         for kind, share in kinds.items():
             method.seek(kind, self.small)
             seconds = self.step(method)
+            method.check_kind(kind)
             found[name] += share * seconds
             if len(kinds) > 1:
                 found[f"{name}:{kind}"] = seconds
@@ -243,7 +244,13 @@ def run_cases(cases: list[Case], options: Options, reporter: Reporter) -> list[d
     for name in dict.fromkeys(case.model for case in cases):
         base = load_model(MODELS[name]).to(options.device)
         for case in (case for case in cases if case.model == name):
-            result = Run(case, base, options, reporter)()
+            try:
+                result = Run(case, base, options, reporter)()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                reporter.say(f"{case.name}: left out, not even the bare model fits into memory")
+                continue
             result["case"] |= {"model_title": MODELS[name].title, "dtype": MODELS[name].dtype}
             results.append(result)
     return results

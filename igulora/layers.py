@@ -184,18 +184,14 @@ class FusedSVDLinear(nn.Module):
             "path_weight": context.path_weight,
             "path": path,
         }
-        if self.recompute is None:
-            return self._adapted(x, taken.x, factors, options)
-        with taken.saving or self.recompute.saving(x):
-            return self._adapted(x, taken.x, factors, options)
-
-    def _adapted(
-        self, x: Tensor, cast: Tensor, factors: tuple[Tensor, Tensor, Tensor], options: dict[str, Any]
-    ) -> Tensor:
-        base, alpha = self.base_layer, self.context.alpha
+        recipe = taken.recipe
+        if taken.S is None and self.recompute is not None:
+            recipe = self.recompute.of(x)
+        options["again"] = None if recipe is None else recipe.hold()
         if self.base_runs_itself:
-            return svd_update(base(x), cast, *factors, self.mask, alpha, **options)
-        return svd_linear(cast, base.weight, base.bias, *factors, self.mask, alpha, **options)
+            return svd_update(self.base_layer(x), taken.x, *factors, self.mask, context.alpha, **options)
+        base = self.base_layer
+        return svd_linear(taken.x, base.weight, base.bias, *factors, self.mask, context.alpha, **options)
 
     def delta_weight(self) -> Tensor:
         """``s * sum_i m_i lambda_i p_i q_i^T``, (out, in), in the masters' dtype."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from .kernels.checks import under_autocast
 
 if TYPE_CHECKING:
     from .layers import FusedSVDLinear
+    from .recompute import Recipe
 
 # Last parts of the names of sibling modules that models call with one tensor.
 SHARED_NAMES = (
@@ -34,13 +34,13 @@ class Taken(NamedTuple):
         x: the input, in autocast's dtype.
         S: (M, r), or None when the layer is to compute it itself; then there is no seed either.
         seed: of dropout.
-        saving: context for the operators that save x, shared by the group; None when the layer is to see to that itself.
+        recipe: how to make x again, shared by the group, or None.
     """
 
     x: Tensor
     S: Tensor | None = None
     seed: Tensor | None = None
-    saving: AbstractContextManager[object] | None = None
+    recipe: Recipe | None = None
 
 
 class SharedInput:
@@ -56,7 +56,7 @@ class SharedInput:
         self._cast: Tensor | None = None  # in autocast's dtype: one copy for all members
         self._version = 0  # raised by every change in place
         self._seed: Tensor | None = None
-        self._saving: AbstractContextManager[object] | None = None
+        self._recipe: Recipe | None = None
         self._ready: dict[int, Tensor] = {}
         # Slots that took their S, input by input, since the member that opens a forward was last called.
         self._opener: int | None = None
@@ -82,13 +82,13 @@ class SharedInput:
         if watching and self._rounds:
             self._rounds[-1].append(layer.slot)
         assert self._cast is not None
-        taken = Taken(self._cast, self._ready.pop(layer.slot), self._seed, self._saving)
+        taken = Taken(self._cast, self._ready.pop(layer.slot), self._seed, self._recipe)
         if not self._ready:
             self._forget()
         return taken
 
     def _forget(self) -> None:
-        self._x = self._cast = self._seed = self._saving = None
+        self._x = self._cast = self._seed = self._recipe = None
         self._ready = {}
 
     def _opens(self, layer: FusedSVDLinear) -> bool:
@@ -124,20 +124,20 @@ class SharedInput:
             Qs = [Q.detach().requires_grad_(torch.is_grad_enabled()) for Q in Qs]
         sampled = context.path_start is not None
         (cast,) = under_autocast(x)
-        saving = nullcontext() if first.recompute is None else first.recompute.saving(cast)
-        with saving:
-            S = svd_project(
-                cast,
-                Qs,
-                context.alpha,
-                dropout_p=first.dropout,
-                seed=self._seed,
-                train_groups=context.train_groups,
-                path_start=context.path_start,
-                path_weight=context.path_weight,
-                path_Qs=[context.accumulators[layer.slot][2] for layer in layers] if sampled else None,
-            )
-        self._x, self._cast, self._saving = x, cast, saving
+        recipe = None if first.recompute is None else first.recompute.of(cast)
+        S = svd_project(
+            cast,
+            Qs,
+            context.alpha,
+            dropout_p=first.dropout,
+            seed=self._seed,
+            train_groups=context.train_groups,
+            path_start=context.path_start,
+            path_weight=context.path_weight,
+            path_Qs=[context.accumulators[layer.slot][2] for layer in layers] if sampled else None,
+            again=None if recipe is None else recipe.hold(),
+        )
+        self._x, self._cast, self._recipe = x, cast, recipe
         self._ready = {layer.slot: part for layer, part in zip(layers, S, strict=True)}
 
 

@@ -9,6 +9,7 @@ training, and the endpoint f(1) of the trapezoid).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +17,13 @@ from torch import Tensor
 from .backend import runs_fused
 from .fused.common import padded_rank
 from .philox import dropout_keep_mask
+
+Again = Callable[[], Tensor]
+
+
+def again_as(again: Again | None, given: Tensor, used: Tensor) -> Again | None:
+    """How to make the input anew that an operator works with, from how to make the one it was given (before a cast)."""
+    return again if again is None or used is given else lambda: again().to(used.dtype)
 
 
 def rows_first(t: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ from .checks import (
     under_autocast,
 )
 from .rows import (
+    Again,
     Ranges,
+    again_as,
     empty_results,
     flat_alpha,
     group_count,
@@ -242,8 +244,10 @@ def gradients(dy, *rest):
     return past_dispatcher(dy, _svd_linear_bwd, _dispatch_bwd)(dy, *rest)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output, again=None):
     x, weight, _bias, P, E, Q, mask, alpha, S, path_weight, *accumulators, seed = inputs[:14]
+    ctx.again = again
+    x = None if again is not None else x
     ctx.save_for_backward(output[1] if S is None else S, x, weight, P, E, Q, mask, alpha, path_weight, seed)
     # Written to, not read: views of one flat buffer, whose version changes with every layer's backward.
     ctx.accumulators = accumulators
@@ -253,14 +257,16 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, _dS):
+def _backward(ctx, dy, _dS, first=0):
+    """Gradients of the operator's inputs, the first of which is the function's input number ``first``."""
     if dy is None:
         return (None,) * _N_INPUTS
-    wanted = ctx.needs_input_grad
-    *saved, seed = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[first:]
+    S, x, *saved, seed = ctx.saved_tensors
+    x = ctx.again() if x is None else x
     trains = ctx.scalars[2] > 0
     needs = [*wanted[:3], *(wanted[i] and trains for i in (3, 4)), wanted[5] and trains and not ctx.given, ctx.given]
-    grads = gradients(dy, *saved, *ctx.accumulators, seed, *ctx.scalars, needs)
+    grads = gradients(dy, S, x, *saved, *ctx.accumulators, seed, *ctx.scalars, needs)
     dx, dW, db, dP, dE, dQ, dS = (g if need else None for g, need in zip(grads, needs, strict=True))
     return dx, dW, db, dP, dE, dQ, None, None, dS, None, None, None, None, None, None, None, None, None
 
@@ -272,12 +278,14 @@ class _Eager(torch.autograd.Function):
     """The operator with its registered autograd formula, minus what the registration costs per eager call."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, again, *inputs):
         output = past_dispatcher(inputs[0], _svd_linear_fwd, _dispatch_fwd)(*inputs)
-        _setup_context(ctx, inputs, output)
+        _setup_context(ctx, inputs, output, again)
         return output
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, dy, dS):
+        return None, *_backward(ctx, dy, dS, first=1)
 
 
 def svd_linear(
@@ -298,6 +306,7 @@ def svd_linear(
     path_start: int | None = None,
     path_weight: Tensor | None = None,
     path: Path | None = None,
+    again: Again | None = None,
 ) -> Tensor:
     """``y = x W0^T + b + alpha * scale * ((dropout(x) Q^T) * (mask * E)) P`` (ALGORITHMS section 1; IGU-LoRA Eq. 2).
 
@@ -314,6 +323,7 @@ def svd_linear(
         path_start: first group of path rows; ``train_groups`` by default.
         path_weight, path: (n,) weights, and the (P, E, Q) accumulators, shaped like the masters, to which the backward adds the
             gradients of path rows; needed when there are any.
+        again: makes x anew, bit by bit, when the backward needs it; eager calls then do not keep x.
 
     Returns:
         y: (..., out) in x's dtype.
@@ -323,6 +333,7 @@ def svd_linear(
         ValueError: shapes do not fit, a number is out of range, operands lie on several devices, or x's first dimension is not the
             sequences of alpha.
     """
+    given = x
     x, weight, bias = under_autocast(x, weight, bias)
     check_input(x, weight.shape[1], group_count(alpha, path_weight))
     check_same_dtype(x, {"weight": weight, "bias": bias})
@@ -334,5 +345,7 @@ def svd_linear(
     train_groups, path_start = check_rows(alpha, path_weight, train_groups, path_start, path is not None)
     path_P, path_E, path_Q = path if path is not None else (None, None, None)
     tensors = (x, weight, bias, P, E, Q, mask, alpha, S, path_weight, path_P, path_E, path_Q, seed)
-    run = _svd_linear_fwd if torch.compiler.is_compiling() or not torch.is_grad_enabled() else _Eager.apply
-    return run(*tensors, float(scale), float(dropout_p), train_groups, path_start)[0]
+    inputs = (*tensors, float(scale), float(dropout_p), train_groups, path_start)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _svd_linear_fwd(*inputs)[0]
+    return _Eager.apply(again_as(again, given, x), *inputs)[0]

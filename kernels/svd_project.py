@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .backend import as_given, past_dispatcher, runs_fused
 from .checks import check_device, check_dropout, check_input, check_rows, under_autocast
-from .rows import empty_results, group_count, keep_factor, q_gradient, rank_buffer, rows_first
+from .rows import Again, again_as, empty_results, group_count, keep_factor, q_gradient, rank_buffer, rows_first
 
 
 def _widest(Qs: list[Tensor]) -> int:
@@ -118,9 +118,10 @@ for _device in ("cuda", "cpu"):
     _svd_project_bwd.register_kernel(_device)(_dispatch_bwd_op)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output, again=None):
     x, Qs, seed, ctx.dropout_p, alpha, path_weight, path_Qs, *ctx.ranges = inputs
-    ctx.save_for_backward(x, seed, alpha, path_weight, *Qs)
+    ctx.again = again
+    ctx.save_for_backward(None if again is not None else x, seed, alpha, path_weight, *Qs)
     # Written to, not read: views of one flat buffer, whose version changes with every layer's backward.
     ctx.accumulators = path_Qs
 
@@ -128,6 +129,7 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, Gs, wanted):
     """dQ of every layer, None where no parameter trains."""
     x, seed, alpha, path_weight, *Qs = ctx.saved_tensors
+    x = ctx.again() if x is None else x
     needed = ctx.ranges[0] > 0 and wanted
     rest = (ctx.accumulators, seed, ctx.dropout_p, *ctx.ranges, needed)
     backward = past_dispatcher(x, _svd_project_bwd, _dispatch_bwd)
@@ -147,15 +149,15 @@ class _Eager(torch.autograd.Function):
     """The operator with its registered autograd formula, minus what the registration costs; the last arguments are the layers' Q."""
 
     @staticmethod
-    def forward(ctx, x, seed, scalars, alpha, path_weight, path_Qs, *Qs):
+    def forward(ctx, again, x, seed, scalars, alpha, path_weight, path_Qs, *Qs):
         inputs = (x, list(Qs), seed, scalars[0], alpha, path_weight, path_Qs, *scalars[1:])
         output = tuple(past_dispatcher(x, _svd_project_fwd, _dispatch_fwd)(*inputs))
-        _setup_context(ctx, inputs, output)
+        _setup_context(ctx, inputs, output, again)
         return output
 
     @staticmethod
     def backward(ctx, *Gs):
-        return (*(None,) * 6, *_gradients(ctx, Gs, any(ctx.needs_input_grad[6:])))
+        return (*(None,) * 7, *_gradients(ctx, Gs, any(ctx.needs_input_grad[7:])))
 
 
 def svd_project(
@@ -169,13 +171,14 @@ def svd_project(
     path_start: int | None = None,
     path_weight: Tensor | None = None,
     path_Qs: list[Tensor] | None = None,
+    again: Again | None = None,
 ) -> list[Tensor]:
     """``S_i = dropout(x) Q_i^T`` for every layer that reads x, to be handed to ``svd_linear(..., S=S_i)`` (ALGORITHMS section 1).
 
     Args:
         x: (..., in). Qs: masters (r_i, in). dropout_p, seed: as in ``svd_linear``; the layers must get the same.
         alpha, train_groups, path_start, path_weight: as in ``svd_linear``; they matter in the backward.
-        path_Qs: accumulators of the path rows' dQ_i.
+        path_Qs: accumulators of the path rows' dQ_i. again: as in ``svd_linear``.
 
     Returns:
         One S_i (M, r_i) in x's dtype for every Q.
@@ -185,6 +188,7 @@ def svd_project(
     """
     if not Qs:
         raise ValueError("expected at least one Q, got none")
+    given = x
     (x,) = under_autocast(x)
     check_input(x, Qs[0].shape[-1], group_count(alpha, path_weight))
     for i, Q in enumerate(Qs):
@@ -197,4 +201,4 @@ def svd_project(
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         rest = (alpha, path_weight, path_Qs or [], *scalars[1:])
         return _svd_project_fwd(x, Qs, seed, scalars[0], *rest)
-    return list(_Eager.apply(x, seed, scalars, alpha, path_weight, path_Qs or [], *Qs))
+    return list(_Eager.apply(again_as(again, given, x), x, seed, scalars, alpha, path_weight, path_Qs or [], *Qs))

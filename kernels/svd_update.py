@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backend import as_given, past_dispatcher, runs_fused
 from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
-from .rows import group_count, rank_buffer, rank_factors, rows_first
+from .rows import Again, again_as, group_count, rank_buffer, rank_factors, rows_first
 from .svd_linear import gradients
 
 
@@ -107,8 +107,10 @@ def _(y, x, P, E, Q, mask, alpha, S, *_rest):
     return rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,))
 
 
-def _save(ctx, inputs, saved):
+def _save(ctx, inputs, saved, again=None):
     _y, x, P, E, Q, mask, alpha, S, path_weight, *accumulators, seed = inputs[:13]
+    ctx.again = again
+    x = None if again is not None else x
     ctx.save_for_backward(saved if S is None else S, x, P, E, Q, mask, alpha, path_weight, seed)
     ctx.accumulators = accumulators  # written to, not read
     ctx.given = S is not None
@@ -116,12 +118,13 @@ def _save(ctx, inputs, saved):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy):
-    """Of the 17 inputs of the functional operator."""
+def _gradients(ctx, dy, first=0):
+    """Of the 17 inputs of the functional operator, the first of which is the function's input number ``first``."""
     if dy is None:
         return (None,) * 17
-    wanted = ctx.needs_input_grad
+    wanted = ctx.needs_input_grad[first:]
     S, x, *masters, alpha, path_weight, seed = ctx.saved_tensors
+    x = ctx.again() if x is None else x
     trains = ctx.scalars[2] > 0
     factors = (*(wanted[i] and trains for i in (2, 3)), wanted[4] and trains and not ctx.given)
     needs = [wanted[1], False, False, *factors, ctx.given]
@@ -142,17 +145,17 @@ class _InPlace(torch.autograd.Function):
     """The update written into y's own storage."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, again, *inputs):
         y, x, P, E, Q, mask, alpha, S, _weight, _path_P, _path_E, _path_Q, seed, scale, dropout_p = inputs[:15]
         update = past_dispatcher(x, _svd_update_, _update_in_place)
         saved = update(y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p)
         ctx.mark_dirty(y)
-        _save(ctx, inputs, saved)
+        _save(ctx, inputs, saved, again)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        return _gradients(ctx, dy)
+        return None, *_gradients(ctx, dy, first=1)
 
 
 def _may_be_written(y: Tensor, x: Tensor) -> bool:
@@ -177,6 +180,7 @@ def svd_update(
     path_start: int | None = None,
     path_weight: Tensor | None = None,
     path: Path | None = None,
+    again: Again | None = None,
 ) -> Tensor:
     """Add the adapter's update to what a base returned for x (ALGORITHMS section 1; IGU-LoRA Eq. 2); y is overwritten where possible.
 
@@ -190,6 +194,7 @@ def svd_update(
     Raises:
         TypeError, ValueError: as ``svd_linear`` does.
     """
+    given = x
     x = x.to(y.dtype)
     check_input(x, Q.shape[-1], group_count(alpha, path_weight))
     if y.shape[:-1] != x.shape[:-1]:
@@ -203,4 +208,4 @@ def svd_update(
     inputs += (float(scale), float(dropout_p), train_groups, path_start)
     if torch.compiler.is_compiling() or not _may_be_written(y, x):
         return _svd_update(*inputs)[0]
-    return _InPlace.apply(*inputs)
+    return _InPlace.apply(again_as(again, given, x) if torch.is_grad_enabled() else None, *inputs)

@@ -30,6 +30,7 @@ from igulora.files import write_json
 from igulora.training.demo import cache_folder
 
 from ..machine import machine, versions
+from ..record import check_same_place
 from . import page
 from .checks import check
 from .point import Point
@@ -136,6 +137,7 @@ def open_record(study: Study, output: Path, threads: int) -> dict[str, Any]:
                 f"expected {output} to hold this study ({identity(study)} on {place['machine']['cpu']}), got "
                 f"{record.get('identity')} on {record.get('machine', {}).get('cpu')}; remove it or name another with --output"
             )
+        check_same_place(record, place)
         return record
     return {
         "format": FORMAT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .layer_libraries import LoraFusion, PeftLiger, PeftUnsloth
 from .method import Adapted, Batch, Floor, FloorTwice, Method
 from .ours import AsAdaLora, Igulora, Instantaneous, Lean, OnPath
-from .peft_methods import PeftAdaLora, PeftDora, PeftLora
+from .peft_methods import PeftAdaLora, PeftDora, PeftLora, PeftLoraNarrow
 from .release import Release, ReleaseFinal
 
 METHODS: dict[str, type[Method]] = {
@@ -18,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
         OnPath,
         AsAdaLora,
         PeftLora,
+        PeftLoraNarrow,
         PeftDora,
         PeftAdaLora,
         Release,
@@ -28,7 +29,17 @@ METHODS: dict[str, type[Method]] = {
         FloorTwice,
     )
 }
-DEFAULT_METHODS = ("floor", "instantaneous", "default", "lean", "peft-lora", "peft-dora", "peft-adalora", "release")
+DEFAULT_METHODS = (
+    "floor",
+    "instantaneous",
+    "default",
+    "lean",
+    "peft-lora",
+    "peft-lora-16bit",
+    "peft-dora",
+    "peft-adalora",
+    "release",
+)
 
 __all__ = [
     "DEFAULT_METHODS",
@@ -48,6 +59,7 @@ __all__ = [
     "PeftDora",
     "PeftLiger",
     "PeftLora",
+    "PeftLoraNarrow",
     "PeftUnsloth",
     "Release",
     "ReleaseFinal",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +106,17 @@ class Method:
     def seek(self, kind: str, small: Batch) -> None:
         """Take cheap steps until the next one is of ``kind``."""
 
+    def dearest(self) -> str:
+        """The kind of step that takes most memory."""
+        return max(self.kinds(), key=lambda kind: ("path" in kind, "score" in kind or "mask" in kind))
+
+    def check_kind(self, kind: str) -> None:
+        """Raise RuntimeError unless the last step was of ``kind``."""
+
+    def score_state(self) -> Iterable[Tensor]:
+        """Tensors that are kept between steps for the scores and the path samples."""
+        return ()
+
     def logits(self, batch: Batch) -> Tensor:
         """What the model says, for the check that a fresh adapter changes nothing."""
         with torch.no_grad():
@@ -118,6 +129,10 @@ class Method:
     def trainable(self) -> int:
         """How many parameters are trained."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def capacity(self) -> int | None:
+        """How many triplets there were before any was pruned, or None where there is no such thing."""
+        return self.case.rank * sum(1 for _ in self.adapted()) if self.adaptive else None
 
     def live(self) -> int | None:
         """How many triplets are live, or None where there is no such thing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import ClassVar
 
@@ -43,6 +43,7 @@ class Igulora(Method):
         self._optimize(igulora.param_groups(self.model, lr=1e-4))
         self.controller = igulora.Controller(self.model)
         self._sampled: list[bool] = []
+        self._info: igulora.StepInfo | None = None
 
     def backward(self, batch: Batch) -> Tensor:
         loss = self.controller.backward(lambda b: self.model(**b).loss, batch)
@@ -50,7 +51,7 @@ class Igulora(Method):
         return loss
 
     def book(self) -> None:
-        self.controller.step()
+        self._info = self.controller.step()
 
     def prepare(self, small: Batch) -> None:
         """Four windows: three precede the first allocation, the last shows where in a window path rows come."""
@@ -70,6 +71,20 @@ class Igulora(Method):
     def seek(self, kind: str, small: Batch) -> None:
         while self._kind(len(self._sampled) % self.config.window) != kind:
             self.step(small)
+
+    def check_kind(self, kind: str) -> None:
+        found = ("path" in kind.split("+"), "score" in kind.split("+"))
+        if len(self.kinds()) > 1 and found != (self._sampled[-1], self._info.scored):
+            raise RuntimeError(
+                f"expected a step of kind {kind!r} from {self.name}, got one with path samples: {self._sampled[-1]}, with a score update: "
+                f"{self._info.scored}; its schedule of {self.case.total_steps} steps is over: take fewer rounds"
+            )
+
+    def score_state(self) -> Iterable[Tensor]:
+        scores, bank = self.controller.importance, self.controller.bank
+        yield from (scores.mean, scores.deviation, scores.terms)
+        if bank.context.accumulators:
+            yield bank.path
 
     def adapted(self) -> Iterator[Adapted]:
         for name, layer in self.model.named_modules():

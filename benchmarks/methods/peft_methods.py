@@ -4,7 +4,7 @@ to fp32 for them (``autocast_adapter_dtype=True``), for AdaLoRA a regulariser of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, ClassVar
 
@@ -75,6 +75,14 @@ class PeftLora(PeftMethod):
             yield Adapted(name, trained, partial(_lora_weight, scale=layer.scaling[ADAPTER]))
 
 
+class PeftLoraNarrow(PeftLora):
+    """PEFT's LoRA without its conversion of 16-bit adapters to fp32: faster, and not what users get unless they ask for it."""
+
+    name = "peft-lora-16bit"
+    title = "PEFT LoRA, `autocast_adapter_dtype=False`"
+    autocast = False
+
+
 class PeftDora(PeftLora):
     """PEFT's DoRA on all linear layers: LoRA whose weight is scaled row by row to a trained length."""
 
@@ -131,6 +139,11 @@ class PeftAdaLora(PeftMethod):
             trained = {part: getattr(layer, f"lora_{part}")[ADAPTER] for part in "AEB"}
             scale = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER].item() + 1e-5)
             yield Adapted(name, trained, partial(_svd_weight, scale=scale))
+
+    def score_state(self) -> Iterable[Tensor]:
+        allocator = self.model.base_model.rankallocator
+        for states in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
+            yield from states.values()
 
     def live(self) -> int | None:
         pattern = self.model.peft_config[ADAPTER].rank_pattern

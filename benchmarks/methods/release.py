@@ -28,7 +28,7 @@ the case names are adapted, or all but the output head.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -302,6 +302,10 @@ class Release(Method):
             if isinstance(layer, ReleaseLinear):
                 trained = {part: getattr(layer, part) for part in PARTS}
                 yield Adapted(name, trained, partial(_weight, layer=layer))
+
+    def score_state(self) -> Iterable[Tensor]:
+        for states in (self.scores.sensitivity, self.scores.mean, self.scores.deviation):
+            yield from states.values()
 
     def live(self) -> int | None:
         pattern = self.scores.pattern

@@ -16,12 +16,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from igulora.files import write_json
 from igulora.measure.roofline import PROJECTION, Roofline, card
 
 from ..cases import Case
 from ..machine import RESULTS, machine, versions
 from ..pages import table
-from ..record import write
 from .checks import FIGURES, against_record, validate
 from .project import project
 from .shapes import frozen
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.render:
         warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT reads what transformers renames
         record = make(list(frozen()), ("tiny", "smollm2-135m"))
-        write(record, FOLDER / f"{record['date']}.json")
+        write_json(FOLDER / f"{record['date']}.json", record)
     PAGE.write_text(render(json.loads(newest().read_text(encoding="utf-8"))), encoding="utf-8")
     print(f"written: {PAGE}")
     return 0

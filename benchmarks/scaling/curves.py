@@ -27,9 +27,10 @@ from igulora.kernels.orthogonality import work_table
 
 from ..cases import Case, ModelCase
 from ..machine import RESULTS
+from ..methods import METHODS as REGISTRY
 from ..models import load_model
 from ..ratios import quartiles
-from ..record import make_record, standard_file, write
+from ..record import close_record, keep, open_record, standard_file
 from ..runner import Options, Run
 
 FOLDER = RESULTS / "scaling"
@@ -88,12 +89,16 @@ def points(quick: bool) -> Iterator[Point]:
 
 
 def steps(quick: bool, rounds: int, reporter: Any) -> list[dict[str, Any]]:
-    """Ratios of every method at every point."""
+    """Ratios of every method that can run here at every point."""
     found = []
+    missing = {name: reason for name in METHODS if (reason := REGISTRY[name].available()) is not None}
+    for name, reason in missing.items():
+        reporter.say(f"{name} is skipped: {reason}")
+    names = tuple(name for name in METHODS if name not in missing)
     for point in points(quick):
         config = {**(_TINY if quick else _LAYER), "num_hidden_layers": point.layers}
         base = load_model(ModelCase("scaling", "a random Llama", config=tuple(config.items())))
-        result = Run(point.case, base, Options(METHODS, rounds, memory=False, counts=False), reporter)()
+        result = Run(point.case, base, Options(names, rounds, memory=False, counts=False), reporter)()
         trainable = result["methods"]["instantaneous"]["trainable"]
         found.append(
             {
@@ -180,16 +185,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/scaling/<date>-<machine>.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    start, lines = time.perf_counter(), _Lines()
+    start, lines, opened = time.perf_counter(), _Lines(), open_record()
     lines.say("scoring and allocation")
     operators = {name: measure(options.quick, 3 if options.quick else 15) for name, measure in _OPERATORS.items()}
     with warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5.23 renames.
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
         results = steps(options.quick, options.rounds, lines)
-    record = make_record(results, "cpu", options.threads, time.perf_counter() - start) | operators
-    output = options.output or FOLDER / standard_file(record).name
-    write(record, output)
+    record = close_record(opened, results, time.perf_counter() - start) | operators
+    output = keep(record, options.output or FOLDER / standard_file(record).name)
     print(f"written: {output}  ({record['seconds_in_all']:.0f} s)")
     return 0
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import nearest
+from ..files import write_json
 from ..training.extras import require
 
 _REPOSITORY = "python -m igulora.benchmarks.render writes the tables of the documents from it"
@@ -73,7 +74,6 @@ def run(args: argparse.Namespace) -> None:
         _list(console, CASES, METHODS)
         return
     cases = _cases(args)
-    earlier = None if args.against is None else records.read(args.against)
     names = tuple(args.methods.split(",")) if args.methods else DEFAULT_METHODS
     for name in names:
         if name not in METHODS:
@@ -82,7 +82,13 @@ def run(args: argparse.Namespace) -> None:
     if rounds < 1:
         raise ValueError(f"expected --rounds of at least 1, got {rounds}")
     device = _device(args.device)
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"expected --threads of at least 1, got {args.threads}")
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    opened = records.open_record(str(device))
+    earlier = None if args.against is None else records.read(args.against)
+    if earlier is not None:
+        records.check_same_place(earlier, opened)  # before half an hour is spent
     skipped = {name: reason for name in names if (reason := METHODS[name].available()) is not None}
     for name, reason in skipped.items():
         console.print(f"{name} is skipped: {reason}", highlight=False, soft_wrap=True)
@@ -94,16 +100,14 @@ def run(args: argparse.Namespace) -> None:
         # PEFT 0.21 reads a property that transformers 5.23 renames.
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
         results = run_cases(cases, options, bar)
-    record = records.make_record(results, str(device), torch.get_num_threads(), time.perf_counter() - start)
-    record["skipped"] = skipped
+    record = records.close_record(opened, results, time.perf_counter() - start) | {"skipped": skipped}
     _show(console, record)
     if args.json == "-":
         sys.stdout.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     elif args.json:
-        records.write(record, Path(args.json))
+        write_json(Path(args.json), record)
     if args.record:
-        file = records.standard_file(record)
-        records.write(records.merge([records.read(file), record]) if file.exists() else record, file)
+        file = records.keep(record, records.standard_file(record))
         console.print(f"Kept in {file}; {_REPOSITORY}", highlight=False, soft_wrap=True)
     if earlier is not None:
         _compare(console, records.agreement(earlier, record))

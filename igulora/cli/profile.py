@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import datetime
 import gc
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import check_choice, nearest
+from ..files import write_json
 from ..measure.parts import PARTS
 from ..measure.plots import ENDINGS, plot_profiles
 from ..measure.profiling import PartCost, StepProfile, profile_step
@@ -85,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
     """
     _check(args)
     methods = require("igulora.benchmarks.methods", "bench", "comparing methods").METHODS
+    from ..benchmarks.runner import out_of_memory
+
     names = [_known(name, methods) for name in args.method]
     console = require("rich.console", "demo", "the command line").Console(markup=False, highlight=False)
     if args.threads is not None:
@@ -99,8 +99,11 @@ def run(args: argparse.Namespace) -> None:
                 for profile in _profile(args, make, status):
                     profiles.append(profile)
                     _print_profile(console, profile, args.operators)
-            except torch.OutOfMemoryError as error:
-                console.print(f"Left out, no memory for it: {str(error).splitlines()[0]}", soft_wrap=True)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                console.print(f"Left out, no memory for it: {reason}", soft_wrap=True)
             gc.collect()
     if not profiles:
         raise ValueError("expected at least one method that can run here, got none; the lines above say why")
@@ -148,9 +151,10 @@ def _is_ours(kind: type) -> bool:
 def _makers(
     args: argparse.Namespace, names: list[str], methods: dict[str, Any], console: Any
 ) -> Iterator[Callable[[], Any]]:
-    """What builds each method on its own copy of the model."""
+    """What builds each method around the frozen weights of one model."""
     from ..benchmarks.cases import Case
     from ..benchmarks.methods.saved import base_of, is_adapter, open_adapter
+    from ..benchmarks.runner import build
 
     folder = Path(args.model)
     saved = is_adapter(folder)
@@ -173,9 +177,8 @@ def _makers(
             runnable.append(name)
         else:
             console.print(f"Skipped {name}: {reason}", soft_wrap=True)
-    for i, name in enumerate(runnable):
-        model = base if i == len(runnable) - 1 else copy.deepcopy(base)
-        yield lambda name=name, model=model: methods[name](model, case)  # type: ignore[misc]
+    for name in runnable:
+        yield lambda name=name: build(name, base, case)  # type: ignore[misc]
 
 
 def _profile(args: argparse.Namespace, make: Callable[[], Any], status: Any) -> Iterator[StepProfile]:
@@ -313,19 +316,14 @@ def _ms(seconds: float) -> str:
 
 
 def _write_json(args: argparse.Namespace, profiles: list[StepProfile]) -> None:
-    from .. import __version__
-    from ..benchmarks.machine import machine
+    from ..benchmarks.record import open_record
 
     options = ("model", "base", "rows", "length", "rank", "dtype", "warmup")
     record = {
+        **open_record(str(_device(args.device))),
         "format": FORMAT,
         "kind": "profile",
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {"igulora": __version__, "torch": torch.__version__},
         "options": {name: getattr(args, name) for name in options},
         "profiles": [profile.as_dict() for profile in profiles],
     }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(args.json, record)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -25,7 +25,8 @@ def live_storages() -> dict[int, int]:
         for each in (tensor, tensor.grad if tensor.is_leaf else None):
             if each is not None and each.device.type == "cpu" and each.layout == torch.strided:
                 storage = each.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
+                with suppress(RuntimeError):  # fake tensors, which tracing leaves behind, have no storage
+                    found[storage.data_ptr()] = storage.nbytes()
     return found
 
 
@@ -88,11 +89,11 @@ def water_of(step: Callable[[], object], before: Callable[[], object] | None = N
     return Water(peak - start, kept - start)
 
 
-def water_of_cuda(step: Callable[[], object]) -> Water:
-    """The same on the current CUDA device, from its allocator's statistics."""
+def water_of_cuda(step: Callable[[], object], device: torch.device) -> Water:
+    """The same on a CUDA device, from its allocator's statistics."""
     kept = [0]
-    start = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    with _backwards(lambda: kept.append(torch.cuda.memory_allocated() - start)):
+    start = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with _backwards(lambda: kept.append(torch.cuda.memory_allocated(device) - start)):
         step()
-    return Water(torch.cuda.max_memory_allocated() - start, max(kept))
+    return Water(torch.cuda.max_memory_allocated(device) - start, max(kept))

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from igulora.benchmarks import cases, render, targets
+from igulora.benchmarks import record as records
+from igulora.benchmarks.machine import RESULTS
 from igulora.benchmarks.memory import peak_memory
 from igulora.benchmarks.ratios import paired_ratios
 from igulora.measure.counting import Counting
@@ -78,6 +80,14 @@ def test_tables_are_written_between_the_markers(record_file: Path, tmp_path: Pat
         begin, end = render.MARKERS
         assert written.partition(begin)[0] == original.partition(begin)[0]
         assert written.partition(end)[2] == original.partition(end)[2]
+
+
+@pytest.mark.skipif(not list(RESULTS.glob("*.json")), reason="nothing measured yet")
+def test_the_documents_are_those_of_the_newest_record() -> None:
+    record = records.read(records.newest(RESULTS))
+    for page, text in (("README.md", render.summary(record)), ("benchmarks/README.md", render.details(record))):
+        _, _, rest = (FOLDER.parent / page).read_text(encoding="utf-8").partition(f"{render.MARKERS[0]}\n")
+        assert rest.partition(render.MARKERS[1])[0] == text, "run python -m igulora.benchmarks.render"
 
 
 def test_a_missed_target_says_by_how_much() -> None:

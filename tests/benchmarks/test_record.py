@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,20 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
             records.read(file)
 
 
-def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    file = tmp_path / "x.json"
-    records.write(make(), file)
-    assert records.read(file) == make()
-    with pytest.raises(TypeError):
-        records.write({"bad": object()}, file)
-    assert json.loads(file.read_text(encoding="utf-8")) == make()
-    assert [f.name for f in tmp_path.iterdir()] == ["x.json"]
+def test_a_record_is_never_lost_for_what_lies_in_its_place(tmp_path: Path) -> None:
+    """The same machine: put together. Another one, or an older format: beside it."""
+    file = tmp_path / "2026-01-01-x.json"
+    assert records.keep(make(), file) == file
+    assert records.keep(make(1.5, case="b"), file) == file
+    assert [r["case"]["name"] for r in records.read(file)["results"]] == ["a", "b"]
+    assert records.keep(make(threads=1), file).name == "2026-01-01-x-2.json"
+    (tmp_path / "2026-01-01-x-3.json").write_text('{"format": 1}', encoding="utf-8")
+    last = records.keep(make(threads=7), file)
+    assert last.name == "2026-01-01-x-4.json"
+    assert records.newest(tmp_path) == last
+
+
+def test_each_result_carries_its_commit() -> None:
+    opened = records.open_record()
+    (result,) = records.close_record(opened, [{"case": {"name": "a"}}], 1.0)["results"]
+    assert result["commit"] == opened["versions"]["commit"]
