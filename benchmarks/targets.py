@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cases import TARGETS, Target
-from .fidelity.choice import ALLOWED, WANTED, choose
+from .fidelity.choice import ALLOWED, DEFAULT_MEASURE, WANTED, choose
 from .fidelity.page import FOLDER as FIDELITY
 from .fidelity.page import read as read_fidelity
 from .machine import RESULTS
@@ -73,7 +73,10 @@ def fidelity() -> list[Finding]:
     """Agreement with the exact integral of the settings that the rule picks among those that sample the path."""
     target, page = f"≥ {WANTED:g} at ≤ {100 * ALLOWED:.0f}% extra time", "results/fidelity/README.md"
     found = []
-    for measure, name in (("snr", "the score that allocation ranks by"), ("sensitivity", "one window's sensitivity")):
+    for measure, name in (
+        (DEFAULT_MEASURE, "the score that allocation ranks by"),
+        ("sensitivity", "one window's sensitivity"),
+    ):
         what = f"path estimator: top-b agreement with the exact integral, by {name}"
         choice = choose(read_fidelity(FIDELITY), measure, path_only=True)
         if choice is None:

@@ -12,6 +12,7 @@ RULE = (
     "else the one that agrees best at no more than 5 %"
 )
 WANTED, ALLOWED = 0.95, 0.05
+DEFAULT_MEASURE = "snr"  # allocation ranks by the score
 Record = dict[str, Any]
 
 

@@ -190,7 +190,8 @@ def choices(records: list[Record]) -> str:
         out.append(
             _sentence(choose(records, measure, path_only=True), f"By the {name}, estimators that sample the path")
         )
-    return "## What the rule picks\n\n" + "".join(out)
+    default = "The library's default is the pick by the score, which allocation ranks by, among estimators that sample the path.\n"
+    return "## What the rule picks\n\n" + "".join(out) + f"\n{default}"
 
 
 def page(records: list[Record]) -> str:

@@ -15,7 +15,7 @@ import igulora
 from igulora.benchmarks.cases import MODELS
 from igulora.benchmarks.fidelity import page as fidelity_page
 from igulora.benchmarks.fidelity import study as fidelity
-from igulora.benchmarks.fidelity.choice import choose, frontier, lines
+from igulora.benchmarks.fidelity.choice import DEFAULT_MEASURE, choose, frontier, lines
 from igulora.benchmarks.fidelity.measure import (
     Integral,
     Samples,
@@ -190,6 +190,14 @@ def test_steps_are_timed_as_what_they_are() -> None:
             assert twin.kind == setting.kind
             assert twin.aggregate == "signed"
             assert twin.config(study.config(), 0).ig_every == study.window
+
+
+@pytest.mark.skipif(not list(FOLDER.glob("*.json")), reason="no study was run yet")
+def test_the_default_of_the_library_is_what_the_rule_picks() -> None:
+    choice = choose(fidelity_page.read(FOLDER), DEFAULT_MEASURE, path_only=True)
+    config = igulora.IGUConfig(total_steps=1000)
+    assert choice is not None
+    assert choice.key == f"{config.estimator} {config.nodes}, every {config.ig_every}, fraction {config.ig_fraction:g}"
 
 
 def test_epsilon_rules_where_deviations_are_tiny(toy: Toy) -> None:

@@ -123,4 +123,4 @@ def test_the_papers_estimators_sample_every_micro_batch() -> None:
     for estimator in ("trapezoid", "on-path", "on-path-stratified"):
         config = IGUConfig(total_steps=1000, estimator=estimator)
         assert (config.ig_every, config.ig_fraction) == (1, 1.0)
-    assert IGUConfig(total_steps=1000).ig_every == 6
+    assert IGUConfig(total_steps=1000).ig_every == 16

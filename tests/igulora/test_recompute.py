@@ -75,6 +75,31 @@ def gradients(model: nn.Module, x: Tensor | None = None) -> list[Tensor]:
     return [*found, x.grad]
 
 
+class Own(nn.Linear):
+    """A linear layer with a forward of its own: the update is written into what it returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_bases_with_a_forward_of_their_own_recompute_too() -> None:
+    found, kept = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        stack = Stack()
+        for block in stack.blocks:
+            block.down_proj = Own(64, 32, bias=False, dtype=torch.bfloat16)
+        model = adapted(recompute, stack)
+        gradients(model)
+        found.append(gradients(model))
+        x = torch.randn(64, 16, 32).bfloat16().requires_grad_()
+        kept.append(
+            water_of(lambda model=model, x=x: model(x).backward(), lambda model=model, x=x: model(x).backward()).kept
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[0] - kept[1] == 2 * 64 * 16 * (32 + 64) * 2
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_the_same_bits(dropout: float, checkpointing: bool) -> None:
