@@ -24,6 +24,7 @@ class Line:
         extra_sequences: forwarded and backwarded per training sequence; ``extra_time``: over steps without path rows, None if not timed.
         spread: half the interquartile range of ``extra_time``.
         top, spearman: per measure the mean over seeds (and windows); ``low``: the least top-b agreement among them.
+        proposed: the library does not offer it.
         trains_apart: the training pass itself leaves alpha = 1, which costs quality: not a default.
     """
 
@@ -39,6 +40,7 @@ class Line:
     top: dict[str, float]
     low: dict[str, float]
     spearman: dict[str, float]
+    proposed: bool
     trains_apart: bool
 
     @property
@@ -64,7 +66,6 @@ def lines(record: Record) -> list[Line]:
             for name in measures_of(record)
         }
         ratio = over.get(entry["kind"])
-        between = over["between"] if entry["control"] and over else {"median": 1.0}
         on_path = entry["estimator"].startswith("on-path")
         # On the path every pass does, scored or not; path rows run in the scored micro-batches only.
         share = 1.0 if on_path else entry["scored"]
@@ -76,14 +77,13 @@ def lines(record: Record) -> list[Line]:
                 fraction=entry["fraction"],
                 aggregate=entry["aggregate"],
                 extra_sequences=entry["extra_sequences"],
-                extra_time=None
-                if ratio is None
-                else share * (ratio["median"] - 1) + (1 - share) * (between["median"] - 1),
+                extra_time=None if ratio is None else share * (ratio["median"] - 1),
                 spread=None if ratio is None else share * (ratio["q3"] - ratio["q1"]) / 2,
                 seeds=len(seeds),
                 top={name: float(np.mean(p["top"])) for name, p in pooled.items()},
                 low={name: float(np.min(p["top"])) for name, p in pooled.items()},
                 spearman={name: float(np.mean(p["spearman"])) for name, p in pooled.items()},
+                proposed=entry["control"],
                 trains_apart=on_path,
             )
         )
@@ -101,7 +101,9 @@ class Choice:
     timed: bool
 
 
-def choose(records: list[Record], measure: str = "sensitivity", *, path_only: bool = False) -> Choice | None:
+def choose(
+    records: list[Record], measure: str = "sensitivity", *, path_only: bool = False, proposed: bool = False
+) -> Choice | None:
     """Apply :data:`RULE` to all records together: a setting counts with its lowest agreement and its highest cost.
 
     Settings that train away from alpha = 1 and absolute aggregation (another integral) are left out.
@@ -109,6 +111,7 @@ def choose(records: list[Record], measure: str = "sensitivity", *, path_only: bo
     Args:
         measure: "sensitivity", or a smoothed score.
         path_only: leave out ``instantaneous``, which samples no path.
+        proposed: admit settings that the library does not offer yet.
 
     Returns:
         None where no setting costs little enough in every record.
@@ -116,7 +119,7 @@ def choose(records: list[Record], measure: str = "sensitivity", *, path_only: bo
     by_record = [{line.key: line for line in lines(record)} for record in records]
     worst: list[tuple[str, float, float]] = []
     for key, first in by_record[0].items() if by_record else ():
-        if first.trains_apart or first.aggregate != "signed":
+        if first.trains_apart or first.aggregate != "signed" or (first.proposed and not proposed):
             continue
         if (path_only and first.title.startswith("instantaneous")) or any(key not in found for found in by_record):
             continue

@@ -18,7 +18,7 @@ from igulora.bank import Bank, find_bank
 from igulora.batches import batch_size, take_rows
 from igulora.config import IGUConfig
 from igulora.importance import Importance
-from igulora.path_pass import LossFn, PathPasses
+from igulora.path_pass import LossFn, PathPasses, _PathRows
 from igulora.training.tasks import average_ranks, pearson
 
 # What allocation may rank by, each with a smoothing over windows. ``product`` is AdaLoRA's score, lambda's term included: beside
@@ -97,14 +97,13 @@ def loss_change(model: nn.Module, loss_fn: LossFn, batches: Sequence[Any]) -> fl
 class Samples(PathPasses):
     """The library's path passes without the training passes that no sample reads; counts the sequences of the path passes.
 
-    With a control variate that leaves the correction alone: the training gradient of all sequences, which it corrects, is to be added.
-
     Attributes:
         extra_rows: sequences that ran forward and backward beside the training rows, so far.
     """
 
-    def __init__(self, model: nn.Module, config: IGUConfig) -> None:
+    def __init__(self, model: nn.Module, config: IGUConfig, control: bool = False) -> None:
         super().__init__(model, find_bank(model), config, None)
+        self.control = control
         self.extra_rows = 0
 
     def window(self, loss_fn: LossFn, batches: Iterable[Any]) -> Tensor:
@@ -118,7 +117,7 @@ class Samples(PathPasses):
                 super().train(loss_fn, batch, 1.0)
                 self.sample_training_gradient(1)
             else:
-                self.train_and_sample(self._counted(loss_fn), batch, 1.0, fresh=True)
+                self.train_and_sample(self._counted(loss_fn), batch, 1.0)
         bank.context.unstepped = 0
         return self.close_window()
 
@@ -132,10 +131,23 @@ class Samples(PathPasses):
         def counted(batch: Any) -> Tensor:
             if self.bank.context.train_groups == 0:
                 # The control's second copy is the training rows themselves in a mixed batch: no sequences of its own.
-                self.extra_rows += batch_size(batch) // (2 if self.config.control else 1)
+                self.extra_rows += batch_size(batch) // (2 if self.control else 1)
             return loss_fn(batch)
 
         return counted
+
+    def _draw(self, batch: Any) -> _PathRows:
+        """The sampled sequences; with ``control`` each once more at alpha = 1 with a negative weight."""
+        drawn = super()._draw(batch)
+        if not self.control:
+            return drawn
+        return dataclasses.replace(
+            drawn,
+            rows=torch.cat((drawn.rows, drawn.rows)),
+            alpha=torch.cat((drawn.alpha, torch.ones_like(drawn.alpha))),
+            factor=torch.cat((drawn.factor, -drawn.factor)),
+            copies=2,
+        )
 
 
 class Scorer:

@@ -30,8 +30,8 @@ aggregation are held against the exact integral under the same aggregation.
 whole training steps with and without path rows (mixed batches), times the share of the scored micro-batches; ± half the interquartile
 range. Mixed and separate passes give the same samples up to rounding (checked below), so the study takes separate ones.
 
-*+ control* (`IGUConfig(control=True)`, ours): the training gradient of all sequences, which is free, plus the path gradient of the
-sampled sequences minus their own training gradient: a control variate, unbiased for the same integral.
+*+ control* is a proposal, not in the library: the training gradient of all sequences, which is free, plus the path gradient of the
+sampled sequences minus their own training gradient. Its time is that of the same rows with the training rows taking part in the sample.
 
 Rule for the default: {RULE}. On
 several models a setting counts with its lowest agreement and its highest cost. Estimators that train away from α = 1 (`on-path`) and
@@ -75,7 +75,7 @@ def _setting_rows(record: Record) -> list[list[str]]:
     def row(line: Line) -> list[str]:
         name = f"**{line.title}**" if line.key in best else line.title
         return [
-            name,
+            name + (" (proposed)" if line.proposed else ""),
             str(line.every),
             f"{line.fraction:g}",
             _percent(line.extra_sequences),
@@ -190,6 +190,7 @@ def choices(records: list[Record]) -> str:
         out.append(
             _sentence(choose(records, measure, path_only=True), f"By the {name}, estimators that sample the path")
         )
+        out.append(_sentence(choose(records, measure, proposed=True), f"By the {name}, proposals admitted"))
     default = "The library's default is the pick by the score, which allocation ranks by, among estimators that sample the path.\n"
     return "## What the rule picks\n\n" + "".join(out) + f"\n{default}"
 

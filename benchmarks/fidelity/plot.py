@@ -28,7 +28,7 @@ _TICKS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def _family(line: Line) -> str:
-    if line.title.endswith("control"):
+    if line.proposed:
         return "control"
     return next(name for name in _FAMILIES if line.title.startswith(name))
 

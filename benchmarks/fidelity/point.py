@@ -152,7 +152,7 @@ class Point:
         """
         study = self.study
         config = setting.config(self.config, seed)
-        samples = Samples(self.model, config)
+        samples = Samples(self.model, config, setting.control)
         scorer = Scorer(self.bank, config)
         for w in range(study.windows):
             if setting.estimator == "instantaneous":

@@ -101,7 +101,11 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to estimate the path gradient; the fields are those of ``IGUConfig``."""
+    """One way to estimate the path gradient; the fields are those of ``IGUConfig``.
+
+    ``control`` marks a proposal that the library does not offer: the training gradient of *all* sequences, which is free, plus the
+    sampled sequences' path gradient minus their own gradient at alpha = 1 (a control variate; unbiased for the same integral).
+    """
 
     estimator: str
     nodes: int | None = None
@@ -135,13 +139,17 @@ class Setting:
             return "plain"
         if self.estimator.startswith("on-path"):
             return "on-path"
-        endpoint = self.estimator == "trapezoid"
-        return f"rows {self.fraction:g}" + " + endpoint" * endpoint + " + control" * self.control + " + f(0)" * self.f0
+        endpoint = self.estimator == "trapezoid" or self.control
+        return f"rows {self.fraction:g}" + " + endpoint" * endpoint + " + f(0)" * self.f0
 
     @property
     def timed_as(self) -> Setting:
-        """A setting with steps of the same kind, scored once per window."""
-        return dataclasses.replace(self, every=10**6, weights="trapezoid", aggregate="signed")
+        """A setting of the library with steps of the same kind, scored once per window. A control's training rows take part in the
+        sample, as the trapezoid's do for its endpoint.
+        """
+        estimator = "trapezoid" if self.control else self.estimator
+        nodes = None if self.control else self.nodes
+        return Setting(estimator, nodes, every=10**6, fraction=self.fraction, f0=self.f0)
 
     @property
     def draws(self) -> bool:
@@ -159,7 +167,6 @@ class Setting:
             weights=self.weights,
             include_f0=self.f0,
             aggregate=self.aggregate,
-            control=self.control,
             path_pass="separate",
             seed=seed,
         )

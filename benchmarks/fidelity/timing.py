@@ -28,8 +28,7 @@ def time_kinds(
     and ``zero_grad``. Nothing is pruned.
 
     Returns:
-        Per kind the quartiles of its steps' ratios, round by round, to the step without path rows; and all seconds. "between" is a control
-        variate's step that is not sampled: the training gradient goes into its sum.
+        Per kind the quartiles of its steps' ratios, round by round, to the step without path rows; and all seconds.
     """
     model = problem.model.train()
     base = model.igulora_config
@@ -57,9 +56,6 @@ def time_kinds(
 
     plain = next(controllers[kind] for kind in controllers if kind.startswith("rows"))
     steps = {"plain": (plain, 1), **{kind: (controller, 0) for kind, controller in controllers.items()}}
-    with_control = [controller for kind, controller in controllers.items() if kind.endswith("control")]
-    if with_control:
-        steps["between"] = (with_control[0], 1)
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     batch = problem.batch(study.steps)
     for turn in range(-1, study.rounds):  # turn -1 warms up

@@ -58,7 +58,7 @@ class Toy:
         return self.model(**batch, use_cache=False).loss
 
     def samples(self, setting: Setting, seed: int = 0) -> Samples:
-        return Samples(self.model, setting.config(self.config, seed))
+        return Samples(self.model, setting.config(self.config, seed), setting.control)
 
     def estimate(self, setting: Setting, seed: int = 0, batches: Any = None) -> Tensor:
         return self.samples(setting, seed).window(self.loss, batches or self.batches).clone()
@@ -189,6 +189,7 @@ def test_steps_are_timed_as_what_they_are() -> None:
             twin = setting.timed_as
             assert twin.kind == setting.kind
             assert twin.aggregate == "signed"
+            assert not twin.control
             assert twin.config(study.config(), 0).ig_every == study.window
 
 
@@ -248,15 +249,17 @@ def test_else_the_best_cheap_one_is_picked() -> None:
 
 
 def test_some_settings_never_become_the_default() -> None:
+    control = dataclasses.replace(FEW, control=True)
     absolute = dataclasses.replace(FEW, aggregate="absolute")
     record = _record(
         (Setting("on-path"), 0.99, 0.0),
         (absolute, 0.99, 0.0),
+        (control, 0.98, 0.04),
         (FEW, 0.8, 0.04),
         (PLAIN, 0.9, 0.0),
     )
-    picked = [choose([record]), choose([record], path_only=True)]
-    assert [c.key for c in picked if c] == [PLAIN.key, FEW.key]
+    picked = [choose([record]), choose([record], path_only=True), choose([record], proposed=True)]
+    assert [c.key for c in picked if c] == [PLAIN.key, FEW.key, control.key]
 
 
 def test_a_setting_counts_as_its_worst_model() -> None:
