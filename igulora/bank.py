@@ -221,18 +221,15 @@ class Bank:
         """Whether any parameter holds a gradient (none does after ``zero_grad(set_to_none=True)``)."""
         return any(param.grad is not None for param, _ in self._grad_views)
 
-    def bind_grads(self) -> bool:
+    def bind_grads(self) -> None:
         """Give every parameter its view of the flat gradient back after ``zero_grad(set_to_none=True)``.
 
         When all still have their views nothing is touched. Otherwise the flat gradient is zeroed in one launch and the views are set
         again; a gradient that was kept or made meanwhile is kept.
-
-        Returns:
-            Whether the flat gradient is zero now, without asking the device.
         """
         views = self._grad_views
         if all(param.grad is view for param, view in views):
-            return False
+            return
         strangers = [(v, p.grad) for p, v in views if p.grad is not None and p.grad is not v]
         kept = any(p.grad is v for p, v in views)
         with torch.no_grad():
@@ -244,7 +241,6 @@ class Bank:
                 torch._foreach_copy_([v for v, _ in strangers], [g for _, g in strangers])
         for param, view in views:
             param.grad = view
-        return not kept and not strangers
 
     @property
     def path(self) -> Tensor:

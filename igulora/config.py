@@ -67,8 +67,7 @@ class IGUConfig:
     Path (2.1-2.2; Eq. 4-7): ``estimator``, ``path``, ``path_pass`` (path rows appended to the training batch, or passes of their
     own), ``nodes`` (N of the trapezoid and of on-path; number of Gauss points), ``weights`` (appendix A.1 or the printed Eq. 6),
     ``include_f0``, ``aggregate``, ``window`` (M micro-batches per score update), ``ig_every`` (score every k-th micro-batch),
-    ``ig_fraction`` (share of the sequences a path pass sees), ``control`` (gauss and stratified: the samples correct the training gradient
-    of all sequences by what the sampled ones gain or lose along the path, a control variate; else they stand for the integral alone).
+    ``ig_fraction`` (share of the sequences a path pass sees).
 
     Scores (2.3; Eq. 3, 10-12): ``beta1``, ``beta2``, ``eps``, ``combine``, ``lambda_score``, ``normalize``.
 
@@ -103,7 +102,6 @@ class IGUConfig:
     window: int | None = None
     ig_every: int | None = None
     ig_fraction: float | None = None
-    control: bool | None = None
     beta1: float = 0.85
     beta2: float = 0.85
     eps: float = 1e-6
@@ -127,8 +125,6 @@ class IGUConfig:
         for name, value in _SAMPLING.get(self.estimator or "", _EVERY).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.control is None:
-            self.control = False
         if self.target_rank is None:
             self.target_rank = self.r // 2 if self.adaptive and isinstance(self.r, int) else self.r
         if self.nodes is None:
@@ -136,11 +132,6 @@ class IGUConfig:
         for name, options in CHOICES.items():
             check_choice(name, getattr(self, name), options)
         self._check_numbers()
-        if self.control and (self.estimator not in _SAMPLING or self.aggregate != "signed"):
-            raise ValueError(
-                f'expected control=True with estimator="gauss" or "stratified" and aggregate="signed", got {self.estimator!r} and '
-                f"{self.aggregate!r}: only signed samples of few sequences can correct the training gradient"
-            )
         if self.adaptive:
             self._fill_schedule()
             self._check_schedule()

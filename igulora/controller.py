@@ -180,14 +180,12 @@ class Controller:
         bank.context.check_stepped()
         if bank.layers and bank.layers[0].merged:
             raise ValueError("expected an unmerged model to train, got a merged one; call igulora.unmerge(model) first")
-        fresh = bank.bind_grads()
+        bank.bind_grads()
         scale = 1.0 / self.accumulation_steps if scale is None else scale
         sampling = self._scoring and self.config.estimator != "instantaneous"
         self._ran_backward = True
-        if sampling:
-            loss = self.passes.train_and_sample(loss_fn, batch, scale, fresh)
-        else:
-            loss = self.passes.train(loss_fn, batch, scale)
+        run = self.passes.train_and_sample if sampling else self.passes.train
+        loss = run(loss_fn, batch, scale)
         self.regularise(scale * self.accumulation_steps)
         return loss
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,22 +24,13 @@ _MEAN_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class _PathRows:
-    """Device tensors of one scored micro-batch: which sequences, at which alpha, with which factor; how often each occurs.
-
-    With a control variate the same sequences count once more, at alpha = 1 and with the negative factor.
-    """
+    """Device tensors of one scored micro-batch: which sequences, at which alpha, with which factor; how often each occurs."""
 
     rows: Tensor
     alpha: Tensor
     factor: Tensor
     copies: int
     endpoint: float  # factor of the training gradient f(1)
-    others: Tensor | None = None  # the sequences that are not sampled; needed for a control variate only
-
-    def also_at_one(self) -> _PathRows:
-        """For a pass that does not train: the control variate as sequences of their own."""
-        rows, alpha = torch.cat((self.rows, self.rows)), torch.cat((self.alpha, torch.ones_like(self.alpha)))
-        return _PathRows(rows, alpha, torch.cat((self.factor, -self.factor)), 2 * self.copies, self.endpoint)
 
 
 class PathPasses:
@@ -99,21 +89,14 @@ class PathPasses:
         (loss if scale == 1.0 else loss * scale).backward()
         return loss.detach()
 
-    def train_and_sample(self, loss_fn: LossFn, batch: Any, scale: float, fresh: bool = False) -> Tensor:
-        """A training pass and, where the window wants one of this micro-batch, a sample of the path gradient.
-
-        Args:
-            fresh: whether the flat gradient is known to be zero, so that what it is afterwards is this micro-batch's.
-        """
+    def train_and_sample(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
+        """A training pass and, where the window wants one of this micro-batch, a sample of the path gradient."""
         config = self.config
         if self.in_window == 0:
             self.quadrature.start_window()
-        inside = self.in_window < config.window  # type: ignore[operator]
-        due = inside and self.in_window % config.ig_every == 0  # type: ignore[operator]
+        due = self.in_window < config.window and self.in_window % config.ig_every == 0  # type: ignore[operator]
         if due:
             self._open_accumulator()
-        control = bool(config.control) and inside
-        before = self.bank.grad.clone() if control and not fresh else None
         if config.estimator in ("on-path", "on-path-stratified"):
             loss = self._on_path(loss_fn, batch, scale, due)
         elif due:
@@ -121,21 +104,11 @@ class PathPasses:
             loss = run(loss_fn, batch, scale, self._draw(batch))
         else:
             loss = self.train(loss_fn, batch, scale)
-        if control:
-            self._add_training_gradient(scale, before)
         if due:
             self._fold()
         self.sampled = due
         self.in_window += 1
         return loss
-
-    @torch.no_grad()
-    def _add_training_gradient(self, scale: float, before: Tensor | None) -> None:
-        """The control variate's known part: f(1) of all sequences of this micro-batch, the training gradient itself."""
-        weight = 1.0 / (self.config.window * scale)  # type: ignore[operator]
-        self.bank.path.add_(self.bank.grad, alpha=weight)
-        if before is not None:
-            self.bank.path.sub_(before, alpha=weight)
 
     def sample_training_gradient(self, micro_batches: int) -> None:
         """``instantaneous``: T is the training gradient as the optimizer saw it (AdaLoRA; ablation IGU-LoRA-1)."""
@@ -174,9 +147,7 @@ class PathPasses:
         return _mean_over_processes(self.bank.path)
 
     def _draw(self, batch: Any) -> _PathRows:
-        size = batch_size(batch)
-        chosen = self.quadrature.rows_of(size)
-        others = [row for row in range(size) if row not in set(chosen)] if self.config.control else None
+        chosen = self.quadrature.rows_of(batch_size(batch))
         sample = self.quadrature.sample(len(chosen))
         per_window = self.quadrature.per_window
         alphas, factors = [], []
@@ -191,41 +162,26 @@ class PathPasses:
             self._on_device(factors, self.bank.dtype),
             len(sample.alphas),
             sample.endpoint / per_window,
-            None if others is None else self._on_device(others, torch.int64),
         )
 
     def _mixed(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows) -> Tensor:
         """Training rows at alpha = 1 and path rows at theirs in one pass, each part rescaled from the joint mean to its own."""
         self.mixed = True
         bank, size = self.bank, batch_size(batch)
-        if path.others is not None:
-            # The sampled sequences go last: they are the training rows whose gradient the path accumulator gets too.
-            batch, path = self._sampled_last(batch, path, size)
         terms = self._terms(batch, size)
         path_terms = terms.index_select(0, path.rows)
         train_total = terms.sum().clamp_(min=1.0)
         path_mean = (path_terms.sum() / path.copies).clamp_(min=1.0)  # each copy of the sequences is a mean of its own
         alpha = torch.cat((torch.ones_like(terms), path.alpha))
-        factor = path.factor * (train_total / path_mean / scale)
-        first = 0 if path.endpoint else size
         at_one = torch.full_like(terms, path.endpoint / scale)
-        if path.others is not None:
-            first = size - path.rows.numel()
-            at_one[first:] = -factor
-        weight = torch.cat((at_one, factor))
+        weight = torch.cat((at_one, path.factor * (train_total / path_mean / scale)))
         if not self._mean_checked:
             self._check_mean(loss_fn, batch, path, terms, path_terms)
-        with bank.context.at(alpha, size, first, weight):
+        with bank.context.at(alpha, size, 0 if path.endpoint else size, weight):
             loss = _checked(loss_fn(append_rows(batch, path.rows)))
             joint = scale * (train_total + path_terms.sum()) / train_total
             loss.backward(joint.to(loss.dtype))
         return loss.detach()
-
-    def _sampled_last(self, batch: Any, path: _PathRows, size: int) -> tuple[Any, _PathRows]:
-        assert path.others is not None
-        batch = take_rows(batch, torch.cat((path.others, path.rows)))
-        rows = torch.arange(size - path.rows.numel(), size, device=path.rows.device)
-        return batch, dataclasses.replace(path, rows=rows)
 
     @torch.no_grad()
     def _check_mean(self, loss_fn: LossFn, batch: Any, path: _PathRows, terms: Tensor, path_terms: Tensor) -> None:
@@ -264,8 +220,6 @@ class PathPasses:
                 loss = self.train(loss_fn, batch, scale)
         else:
             loss = self.train(loss_fn, batch, scale)
-        if path.others is not None:
-            path = path.also_at_one()
         for param in self._others:
             param.requires_grad_(False)
         try:

@@ -48,7 +48,6 @@ _CONFIG_HELP = {
     "aggregate": "mean of gradients or of their sizes over a window",
     "window": "micro-batches per score update (M)",
     "ig_every": "sample the path in every k-th micro-batch",
-    "control": "let the samples correct the training gradient of all sequences (gauss and stratified)",
     "recompute_inputs": "recompute the adapted layers' inputs from what is kept anyway: less memory, a little more time",
     "ig_fraction": "share of the sequences that are sampled",
     "beta1": "smoothing of the sensitivity",

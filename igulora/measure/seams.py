@@ -35,7 +35,6 @@ _OWN: tuple[tuple[type, str, str], ...] = (
     (PathPasses, "sample_training_gradient", SCORES),
     (PathPasses, "_open_accumulator", PATH),
     (PathPasses, "_fold", PATH),
-    (PathPasses, "_add_training_gradient", PATH),
     (PathPasses, "_mixed", PATH),
     (PathPasses, "_separate", PATH),
     (PathPasses, "_on_path", PATH),
