@@ -69,14 +69,19 @@ def steps_table(result: dict[str, Any]) -> str:
                 f"{step['median']:.3f} [{step['q1']:.3f}–{step['q3']:.3f}]",
                 f"{ratio['median']:.2f} [{ratio['q1']:.2f}–{ratio['q3']:.2f}]" if ratio else "1",
                 f"{memory['peak'] / 2**20:.0f}" if memory else "–",
-                f"{memory['held'] / 2**20:.0f}" if memory else "–",
+                _held(memory) if memory else "–",
                 f"{memory['saved'] / 2**20:.0f}" if memory else "–",
                 *(f"{counts[key]:,.0f}" if counts else "–" for key in ("step", "bookkeeping", "syncs")),
             ]
         )
-    memory_columns = ["peak, MiB", "held, MiB", "kept for backward, MiB"]
+    memory_columns = ["peak, MiB", "held (optimizer, scores), MiB", "kept for backward, MiB"]
     header = ["method", "step, s", "over floor", *memory_columns, "launches", "of which bookkeeping", "syncs"]
     return table(header, rows)
+
+
+def _held(memory: dict[str, int]) -> str:
+    parts = ", ".join(f"{memory[key] / 2**20:.0f}" for key in ("optimizer", "scores"))
+    return f"{memory['held'] / 2**20:.0f} ({parts})"
 
 
 def kinds_table(result: dict[str, Any]) -> str:

@@ -19,6 +19,8 @@ from .curves import FOLDER
 
 TITLES = {"rank": "rank", "tokens": "tokens in a batch", "layers": "layers", "matrices": "adapted matrices"}
 ALLOCATION_LIMIT = 0.2  # seconds for 10^6 triplets
+FLAT_LIMIT = 1.5
+GROWTH_LIMIT = 1.1  # of n log n's growth; the rest is what a measurement may be off
 _METHODS = {
     "instantaneous": "igulora, no path rows",
     "default": "igulora, default",
@@ -54,8 +56,11 @@ def page(record: dict[str, Any]) -> str:
         ]
         for p in record["scoring"]
     ]
+    flat = {key: _spread(record["scoring"], key) for key in ("scores_s", "orthogonality_s")}
     parts.append(
-        "## Scoring, for each parameter\n\nA score update and the orthogonality gradient over one bank; flat where caches allow.\n"
+        "## Scoring, for each parameter\n\nA score update and the orthogonality gradient over one bank. From 10⁶ parameters on, the "
+        f"dearest over the cheapest: {flat['scores_s']:.2f} and {flat['orthogonality_s']:.2f} (target: flat, at most {FLAT_LIMIT}: "
+        f"{'met' if max(flat.values()) <= FLAT_LIMIT else 'missed'}).\n"
     )
     parts.append(table(["adapter parameters", "score update, ns", "orthogonality, ns"], rows))
     rows = [
@@ -70,10 +75,18 @@ def page(record: dict[str, Any]) -> str:
     verdict = "met" if last["seconds"]["median"] <= ALLOCATION_LIMIT else "missed"
     parts.append(
         f"## Allocation\n\n{last['triplets']:,} triplets take {last['seconds']['median']:.3f} s (target {ALLOCATION_LIMIT} s: {verdict}). "
-        f"From 10⁴ triplets on it grows by {grown:.2f} of what n log n grows by.\n"
+        f"From 10⁴ triplets on it grows by {grown:.2f} of what n log n grows by (target: no faster; "
+        f"{'met' if grown <= GROWTH_LIMIT else 'missed'}).\n"
     )
     parts.append(table(["triplets", "ms", "quartiles"], rows))
     return "\n".join(parts)
+
+
+def _spread(points: list[dict[str, Any]], key: str) -> float:
+    """Time for each parameter, the largest over the smallest, where a bank is larger than the caches of a core."""
+    chosen = [p for p in points if p["parameters"] >= 10**6] or points
+    each = [p[key]["median"] / p["parameters"] for p in chosen]
+    return max(each) / min(each)
 
 
 def _ratio(value: dict[str, float] | None) -> str:
