@@ -40,6 +40,9 @@ POLICIES: dict[str, Callable[[Bank, Importance, IGUConfig], Tensor]] = {
 }
 
 
+_TABLE = 1024  # budgets that go to the device at a time
+
+
 class Allocator:
     """Prunes the weakest triplets of the whole model to the budget of a step.
 
@@ -64,20 +67,26 @@ class Allocator:
             t_end=config.prunes_until,
             delta_t=config.delta_t or 1,
         )
-        self._budgets: dict[int, Tensor] = {}
+        self._table: Tensor | None = None
+        self._first = -1  # which allocation the table begins with
 
     def _budget(self, step: int) -> Tensor:
-        """b(step), () int64 on the device: one of a table that went there once, so that an allocation launches nothing for it."""
-        device = self.bank.device
-        if not self._budgets or self._budgets[self.schedule.t_end].device != device:
-            steps = self.schedule.due_steps()
-            table = torch.tensor([self.schedule.budget(due) for due in steps], dtype=torch.int64)
+        """b(step), () int64 on the device: one of a table that goes there now and then, so that an allocation launches nothing for it."""
+        schedule, device = self.schedule, self.bank.device
+        if not schedule.is_due(step):
+            return torch.full((), schedule.budget(step), dtype=torch.int64, device=device)
+        number = (min(step, schedule.t_end - 1) - schedule.first_allocation) // schedule.delta_t + (
+            step == schedule.t_end
+        )
+        first = number - number % _TABLE
+        if self._table is None or self._first != first or self._table.device != device:
+            start = schedule.first_allocation + first * schedule.delta_t
+            steps = [min(start + i * schedule.delta_t, schedule.t_end) for i in range(_TABLE)]
+            table = torch.tensor([schedule.budget(due) for due in steps], dtype=torch.int64)
             if device.type == "cuda":
                 table = table.pin_memory()  # a copy from pageable memory would wait for the device
-            self._budgets = dict(zip(steps, table.to(device, non_blocking=True).unbind(), strict=True))
-        if step in self._budgets:
-            return self._budgets[step]
-        return torch.full((), self.schedule.budget(step), dtype=torch.int64, device=device)
+            self._table, self._first = table.to(device, non_blocking=True), first
+        return self._table[number - first]
 
     @torch.no_grad()
     def allocate(self, importance: Importance, step: int) -> None:

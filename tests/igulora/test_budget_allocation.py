@@ -201,3 +201,19 @@ def test_scores_before_any_update_are_an_error(net, config) -> None:
         importance.triplet_scores()
     with pytest.raises(ValueError, match="no score update"):
         importance.module_stats()
+
+
+@pytest.mark.parametrize(
+    ("t_init", "length", "delta_t"), [(7, 8, 1), (7, 9, 5), (7, 5000, 1), (8, 4100, 3), (7, 10**7, 1)]
+)
+def test_budgets_on_the_device_are_those_of_the_schedule(net, config, t_init: int, length: int, delta_t: int) -> None:
+    """They go there in tables, which must not grow with the length of a run."""
+    options = {"t_init": t_init, "t_final": 2, "delta_t": delta_t, "total_steps": t_init + length + 2}
+    model = igulora.adapt(net(), config(**options))
+    allocator = Allocator(igulora.find_bank(model), model.igulora_config)
+    schedule = allocator.schedule
+    due = range(schedule.first_allocation, schedule.t_end, delta_t)
+    for step in [*due[:2100], *due[-3:], schedule.t_end, schedule.t_end + 1]:
+        assert int(allocator._budget(step)) == schedule.budget(step)
+    assert allocator._table is not None
+    assert allocator._table.numel() <= 1024
