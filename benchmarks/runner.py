@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from igulora.errors import first_line
+
 from .cases import MODELS, Case
 from .checks import check_gradients, check_start
 from .counts import count_step
@@ -139,7 +141,7 @@ class Run:
             if not (out_of_memory(error) or isinstance(error, ImportError)):
                 raise
             what = "out of memory" if out_of_memory(error) else "cannot be imported"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
         self.methods.pop(name, None)
         self.result["methods"].setdefault(name, {"title": METHODS[name].title})["error"] = f"{what}: {reason}"
         self.reporter.say(f"  {self.case.name}: {name} is left out, {what}: {reason}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .bank import Bank
+from .batches import on_device
 from .budget import BudgetSchedule
 from .config import MIN_UPDATES, IGUConfig
 from .importance import Importance
@@ -40,7 +41,7 @@ POLICIES: dict[str, Callable[[Bank, Importance, IGUConfig], Tensor]] = {
 }
 
 
-_TABLE = 1024  # budgets that go to the device at a time
+_TABLE = 1024  # steps whose budgets go to the device at a time
 
 
 class Allocator:
@@ -68,25 +69,15 @@ class Allocator:
             delta_t=config.delta_t or 1,
         )
         self._table: Tensor | None = None
-        self._first = -1  # which allocation the table begins with
+        self._first = -1  # the step that the table begins with
 
     def _budget(self, step: int) -> Tensor:
         """b(step), () int64 on the device: one of a table that goes there now and then, so that an allocation launches nothing for it."""
-        schedule, device = self.schedule, self.bank.device
-        if not schedule.is_due(step):
-            return torch.full((), schedule.budget(step), dtype=torch.int64, device=device)
-        number = (min(step, schedule.t_end - 1) - schedule.first_allocation) // schedule.delta_t + (
-            step == schedule.t_end
-        )
-        first = number - number % _TABLE
+        first, device = step - step % _TABLE, self.bank.device
         if self._table is None or self._first != first or self._table.device != device:
-            start = schedule.first_allocation + first * schedule.delta_t
-            steps = [min(start + i * schedule.delta_t, schedule.t_end) for i in range(_TABLE)]
-            table = torch.tensor([schedule.budget(due) for due in steps], dtype=torch.int64)
-            if device.type == "cuda":
-                table = table.pin_memory()  # a copy from pageable memory would wait for the device
-            self._table, self._first = table.to(device, non_blocking=True), first
-        return self._table[number - first]
+            budgets = [self.schedule.budget(first + i) for i in range(_TABLE)]
+            self._table, self._first = on_device(budgets, torch.int64, device), first
+        return self._table[step - first]
 
     @torch.no_grad()
     def allocate(self, importance: Importance, step: int) -> None:

@@ -64,6 +64,14 @@ def _chosen(t: Tensor, rows: Tensor) -> Tensor:
     return t.index_select(0, rows.to(t.device, non_blocking=t.device.type != "cpu"))
 
 
+def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on a device, without waiting for it."""
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        host = host.pin_memory()  # a copy from pageable memory would wait for the device
+    return host.to(device, non_blocking=True)
+
+
 def take_rows(batch: Any, rows: Tensor) -> Any:
     """The sequences ``rows`` (int64 index on any device) of a batch; on the batch's own device nothing waits."""
     return map_tensors(batch, lambda t: t if t.ndim == 0 else _chosen(t, rows))

@@ -33,11 +33,6 @@ class BudgetSchedule:
         """Whether triplets are allocated after ``step``."""
         return step == self.t_end or (self.t_init < step < self.t_end and step % self.delta_t == 0)
 
-    def due_steps(self) -> list[int]:
-        """All steps after which triplets are allocated."""
-        between = range(self.first_allocation, self.t_end, self.delta_t)
-        return [*between, self.t_end]
-
     def phase(self, step: int) -> str:
         """ "warmup" (all triplets), "pruning" or "final" (ranks fixed)."""
         if step <= self.t_init:

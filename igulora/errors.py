@@ -1,4 +1,4 @@
-"""What a message needs beyond its own words: the nearest name to a misspelt one."""
+"""What a message needs beyond its own words: the nearest name to a misspelt one, what another error said."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ def check_choice(field: str, value: object, options: Iterable[str]) -> None:
     options = tuple(options)
     if value not in options:
         raise ValueError(f"expected {field} to be one of {', '.join(options)}; got {value!r}.{nearest(value, options)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

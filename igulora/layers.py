@@ -259,7 +259,7 @@ class FusedSVDLinear(nn.Module):
         return twin
 
     def extra_repr(self) -> str:
-        """Shown by ``print(model)``."""
+        """What a printed model shows of the layer."""
         live = "merged" if self.merged else f"r={self.r}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {live}, scale={self.scale:g}"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapt import saved_modules
 from .bank import Bank
-from .batches import append_rows, batch_size, count_loss_terms, coupling, take_rows
+from .batches import append_rows, batch_size, count_loss_terms, coupling, on_device, take_rows
 from .config import IGUConfig
 from .quadrature import Quadrature, path_factors
 
@@ -273,10 +273,7 @@ class PathPasses:
         return terms.to(self.bank.device, self.bank.dtype, non_blocking=True)
 
     def _on_device(self, values: list[Any], dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(values, dtype=dtype)
-        if self.bank.device.type == "cuda":
-            host = host.pin_memory()  # a copy from pageable memory would wait for the device
-        return host.to(self.bank.device, non_blocking=True)
+        return on_device(values, dtype, self.bank.device)
 
     def to(self, device: torch.device) -> None:
         """Follow the bank to another device."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .layer_libraries import LoraFusion, PeftLiger, PeftUnsloth
 from .method import Adapted, Batch, Floor, FloorTwice, Method
 from .ours import AsAdaLora, Igulora, Instantaneous, Lean, OnPath
-from .peft_methods import PeftAdaLora, PeftDora, PeftLora, PeftLoraNarrow
+from .peft_methods import PeftAdaLora, PeftDora, PeftLora, PeftLoraNarrow, quiet_peft
 from .release import Release, ReleaseFinal
 
 METHODS: dict[str, type[Method]] = {
@@ -63,4 +63,5 @@ __all__ = [
     "PeftUnsloth",
     "Release",
     "ReleaseFinal",
+    "quiet_peft",
 ]

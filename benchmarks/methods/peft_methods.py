@@ -4,7 +4,9 @@ to fp32 for them (``autocast_adapter_dtype=True``), for AdaLoRA a regulariser of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,6 +24,14 @@ _PREFIX = "base_model.model."
 def _task_type(model: nn.Module) -> str | None:
     """PEFT's wrapper for language models; any other model gets the plain one, which trains no head."""
     return "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT 0.21 reads a property that transformers 5.23 renames; nobody needs to hear of it at every step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+        yield
 
 
 class PeftMethod(Method):
@@ -126,9 +136,7 @@ class PeftAdaLora(PeftMethod):
         return loss.detach()
 
     def backward(self, batch: Batch) -> Tensor:
-        loss = self.model(**batch).loss
-        loss.backward()
-        return loss.detach()
+        return Method.bare(self, batch)  # through PEFT's wrapper, which adds the regulariser
 
     def book(self) -> None:
         self.global_step += 1

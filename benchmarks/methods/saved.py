@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 import igulora
 from igulora.checkpoint import CONFIG_FILE
@@ -84,11 +84,6 @@ class SavedPeft(Method):
         if self.adaptive:
             self.global_step = (config.tinit + config.total_step - config.tfinal) // 2
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
-
-    def bare(self, batch: Batch) -> Tensor:
-        loss = self.model(**batch).loss
-        loss.backward()
-        return loss.detach()
 
     def book(self) -> None:
         if self.adaptive:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igulora.errors import nearest
+from igulora.errors import first_line, nearest
 from igulora.training.extras import require
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -141,7 +141,7 @@ def _from_hub(name: str) -> Shape:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        first = first_line(error).rstrip(".")
         raise ValueError(
             f"expected a hub model whose configuration can be read, got {name!r}: {first}."
             f"{nearest(name.lower(), [*frozen(), *_by_hub_name()])} A config.json of your own will do, too"

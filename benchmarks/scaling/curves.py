@@ -14,7 +14,6 @@ import dataclasses
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from igulora.kernels.orthogonality import work_table
 from ..cases import Case, ModelCase
 from ..machine import RESULTS
 from ..methods import METHODS as REGISTRY
+from ..methods import quiet_peft
 from ..models import load_model
 from ..ratios import quartiles
 from ..record import close_record, keep, open_record, standard_file
@@ -188,9 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     start, lines, opened = time.perf_counter(), _Lines(), open_record()
     lines.say("scoring and allocation")
     operators = {name: measure(options.quick, 3 if options.quick else 15) for name, measure in _OPERATORS.items()}
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads a property that transformers 5.23 renames.
-        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    with quiet_peft():
         results = steps(options.quick, options.rounds, lines)
     record = close_record(opened, results, time.perf_counter() - start) | operators
     output = keep(record, options.output or FOLDER / standard_file(record).name)

@@ -7,15 +7,15 @@ import json
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import nearest
+from ..errors import check_choice
 from ..files import write_json
 from ..training.extras import require
+from .tables import make_table
 
 _REPOSITORY = "python -m igulora.benchmarks.render writes the tables of the documents from it"
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     require("transformers", "bench", "the benchmark's models")
     from ..benchmarks import record as records
     from ..benchmarks.cases import CASES
-    from ..benchmarks.methods import DEFAULT_METHODS, METHODS
+    from ..benchmarks.methods import DEFAULT_METHODS, METHODS, quiet_peft
     from ..benchmarks.runner import Options, run_cases
 
     # With the record on standard output, what is told goes to standard error.
@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> None:
     cases = _cases(args)
     names = tuple(args.methods.split(",")) if args.methods else DEFAULT_METHODS
     for name in names:
-        if name not in METHODS:
-            raise ValueError(f"expected --methods to name {', '.join(METHODS)}; got {name!r}.{nearest(name, METHODS)}")
+        check_choice("--methods", name, METHODS)
     rounds = args.rounds if args.rounds is not None else 3 if args.quick else 6
     if rounds < 1:
         raise ValueError(f"expected --rounds of at least 1, got {rounds}")
@@ -96,9 +95,7 @@ def run(args: argparse.Namespace) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # the loader's progress bars
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's lines about itself, on standard error
     start = time.perf_counter()
-    with warnings.catch_warnings(), Bar(console) as bar:
-        # PEFT 0.21 reads a property that transformers 5.23 renames.
-        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    with quiet_peft(), Bar(console) as bar:
         results = run_cases(cases, options, bar)
     record = records.close_record(opened, results, time.perf_counter() - start) | {"skipped": skipped}
     _show(console, record)
@@ -117,12 +114,8 @@ def _cases(args: argparse.Namespace) -> list[Any]:
     from ..benchmarks.cases import CASES, MODELS
 
     for name in args.case:
-        if name not in CASES:
-            raise ValueError(f"expected --case to name {', '.join(CASES)}; got {name!r}.{nearest(name, CASES)}")
-    if args.model not in MODELS:
-        raise ValueError(
-            f"expected --model to name {', '.join(MODELS)}; got {args.model!r}.{nearest(args.model, MODELS)}"
-        )
+        check_choice("--case", name, CASES)
+    check_choice("--model", args.model, MODELS)
     cases = [CASES[name] for name in args.case] or [case for case in CASES.values() if case.model == args.model]
     return [min(cases, key=lambda case: case.rows * case.length)] if args.quick else cases
 
@@ -180,20 +173,12 @@ class Bar:
         self._last = text
 
 
-def _table(title: str, *headings: str) -> Any:
-    rich_table = require("rich.table", "bench", "the command line")
-    table = rich_table.Table(title=title, title_justify="left", box=rich_table.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
-    return table
-
-
 def _list(console: Any, cases: dict[str, Any], methods: dict[str, Any]) -> None:
-    table = _table("Cases", "case", "model", "rows", "tokens", "rank")
+    table = make_table("Cases", "case", "model", "rows", "tokens", "rank")
     for case in cases.values():
         table.add_row(case.name, case.model, str(case.rows), str(case.length), str(case.rank))
     console.print(table)
-    table = _table("Methods", "method", "what", "here")
+    table = make_table("Methods", "method", "what", "here")
     for name, method in methods.items():
         table.add_row(name, method.title, method.available() or "yes")
     console.print(table)
@@ -208,7 +193,7 @@ def _show(console: Any, record: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     for result in record["results"]:
-        table = _table(
+        table = make_table(
             f"{result['case']['name']}, medians of {result['rounds']} rounds", "method", "step, s", "over floor", "quartiles", "peak, MiB"
         )  # fmt: skip
         for name, method in result["methods"].items():
@@ -230,7 +215,7 @@ def _compare(console: Any, rows: list[dict[str, Any]]) -> None:
     if not rows:
         console.print("No ratio of this run is in the earlier record.", highlight=False)
         return
-    table = _table("Against the earlier record", "case", "ratio", "before", "now", "within the spread")
+    table = make_table("Against the earlier record", "case", "ratio", "before", "now", "within the spread")
     for row in rows:
         before, now = (f"{x['median']:.3f} [{x['q1']:.3f}–{x['q3']:.3f}]" for x in (row["before"], row["now"]))
         table.add_row(row["case"], row["ratio"], before, now, "yes" if row["agrees"] else "no")

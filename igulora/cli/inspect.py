@@ -12,6 +12,7 @@ import torch
 from ..checkpoint import AdapterFile, read_adapter
 from ..training.extras import require
 from ..training.plots import layer_and_kind, module_grid, plot_adapter
+from .tables import make_table
 
 _HISTORY_ROWS = 12
 
@@ -77,23 +78,16 @@ def mean_scores(file: AdapterFile) -> dict[str, float]:
     return out
 
 
-def _table(title: str, *headings: str) -> Any:
-    rich_table = require("rich.table", "demo", "the command line")
-    # Without vertical lines a Llama's seven modules fit on 80 columns.
-    table = rich_table.Table(title=title, title_justify="left", box=rich_table.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
-    return table
-
-
 def _print_ranks(console: Any, ranks: dict[str, int]) -> None:
     kinds, layers, grid = module_grid(ranks)
     if len(layers) == 1:
-        table = _table("Live triplets by module", "module", "live")
+        table = make_table("Live triplets by module", "module", "live")
         for kind, row in zip(kinds, grid, strict=True):
             table.add_row(kind, str(row[0]))
     else:
-        table = _table("Live triplets by layer and module", "layer", *(kind.split(".")[-1] for kind in kinds), "sum")
+        table = make_table(
+            "Live triplets by layer and module", "layer", *(kind.split(".")[-1] for kind in kinds), "sum"
+        )
         for j, layer in enumerate(layers):
             column = [row[j] for row in grid]
             cells = ["" if value is None else str(value) for value in column]
@@ -111,7 +105,7 @@ def _print_scores(console: Any, file: AdapterFile, ranks: dict[str, int]) -> Non
             "No scores: the method does not score, or no controller was saved with the adapter.", highlight=False
         )
         return
-    table = _table(
+    table = make_table(
         "Scores by kind of module", "module", "live", "mean, live", "min, live", "max", "mean, pruned", "mean |λ|"
     )
     kinds: dict[str, list[str]] = {}
@@ -142,7 +136,7 @@ def _print_history(console: Any, history: list[dict[str, Any]]) -> None:
             "No budget history: no allocation was made, or no controller was saved with the adapter.", highlight=False
         )
         return
-    table = _table(
+    table = make_table(
         f"Budget history, {len(history)} allocations", "step", "budget", "live", "modules at rank 0", "largest rank"
     )
     count = min(_HISTORY_ROWS, len(history))

@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import check_choice, nearest
+from ..errors import check_choice, first_line, nearest
 from ..files import write_json
 from ..measure.parts import PARTS
 from ..measure.plots import ENDINGS, plot_profiles
 from ..measure.profiling import PartCost, StepProfile, profile_step
 from ..training.extras import MissingExtra, require
 from ..training.settings import DTYPES
+from .tables import make_table
 
 FORMAT = 1
 DEMO = "demo"
@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
     """
     _check(args)
     methods = require("igulora.benchmarks.methods", "bench", "comparing methods").METHODS
+    from ..benchmarks.methods import quiet_peft
     from ..benchmarks.runner import out_of_memory
 
     names = [_known(name, methods) for name in args.method]
@@ -91,9 +92,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler of torch 2.13 reports its starts and stops
     profiles: list[StepProfile] = []
-    # PEFT 0.21 reads a property that transformers 5.23 renames.
-    with warnings.catch_warnings(), console.status("loading the model") as status:
-        warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    with quiet_peft(), console.status("loading the model") as status:
         for make in _makers(args, names, methods, console):
             try:
                 for profile in _profile(args, make, status):
@@ -102,8 +101,7 @@ def run(args: argparse.Namespace) -> None:
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                console.print(f"Left out, no memory for it: {reason}", soft_wrap=True)
+                console.print(f"Left out, no memory for it: {first_line(error)}", soft_wrap=True)
             gc.collect()
     if not profiles:
         raise ValueError("expected at least one method that can run here, got none; the lines above say why")
@@ -251,25 +249,18 @@ def _device(name: str | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"expected a device of this machine such as cpu or cuda, got {name!r} ({reason})") from error
+        raise ValueError(
+            f"expected a device of this machine such as cpu or cuda, got {name!r} ({first_line(error)})"
+        ) from error
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------------
 
 
-def _table(title: str, *headings: str) -> Any:
-    rich_table = require("rich.table", "demo", "the command line")
-    table = rich_table.Table(title=title, title_justify="left", box=rich_table.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
-    return table
-
-
 def _print_profile(console: Any, profile: StepProfile, operators: int) -> None:
     total = profile.total
     device = ("kernels", "waits") if total.kernels else ()
-    table = _table(
+    table = make_table(
         f"{profile.title}; {profile.device}",
         "part", "ms", "share", "launches", "MB moved", "GFLOP", "syncs", *device,
     )  # fmt: skip
@@ -296,7 +287,7 @@ def _cells(cost: PartCost, total: PartCost, device: bool) -> list[str]:
 def _comparison(profiles: list[StepProfile]) -> Any:
     """Milliseconds by step, a column for each part; then what they add up to, and the undisturbed step."""
     shown = [name for name in PARTS if any(profile.parts[name].seconds for profile in profiles)]
-    table = _table(
+    table = make_table(
         "ms of one step by part, side by side; wall: undisturbed",
         "step",
         *(_SHORT[name] for name in shown),

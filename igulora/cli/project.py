@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import warnings
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
 from ..measure.roofline import CARDS, HOST_S, LAUNCH_S, PROJECTION, SHORT, SUSTAINED, SYNC_S, Roofline, card
 from ..training.extras import require
+from .tables import make_table
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -100,8 +101,7 @@ def run(args: argparse.Namespace) -> None:
         made = project(shape, case, roofline, names, say=lambda title: status.update(f"projecting {title}"))
     _print(console, made)
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.json, made)
         console.print(f"Written ({PROJECTION}): {args.json}", highlight=False, soft_wrap=True)
 
 
@@ -124,7 +124,6 @@ def _check_length(shape: Any, length: int) -> None:
 
 
 def _print(console: Any, made: dict[str, Any]) -> None:
-    rich_table = require("rich.table", "demo", "the command line")
     model, case, roofline = made["model"], made["case"], made["roofline"]
     on = roofline["card"]
     batch = f"{case['rows']}×{case['length']} tokens, r = {case['rank']}"
@@ -138,15 +137,8 @@ def _print(console: Any, made: dict[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    table = rich_table.Table(
-        box=rich_table.box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title=f"Projected step ({PROJECTION})",
-        title_justify="left",
-    )
     headings = ("method", "launches", "syncs", "GB", "TFLOP", "step, ms", "/ floor", "/ LoRA", "/ AdaLoRA")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    table = make_table(f"Projected step ({PROJECTION})", *headings)
     for name, entry in made["methods"].items():
         mean, over = entry["mean"], entry["over"]
         table.add_row(

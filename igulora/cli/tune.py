@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import CONFIG_FILE, read_adapter
+from ..errors import first_line
 from ..kernels import tuning
 from ..kernels.backend import interpreting
 from ..training.extras import require
@@ -110,8 +111,7 @@ def layers_of(name: str) -> list[tuple[int, int]]:
             with torch.device("meta"):
                 model = transformers.AutoModel.from_config(config)
         except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"expected a model or an igulora adapter at {name!r}, got: {reason}") from error
+            raise ValueError(f"expected a model or an igulora adapter at {name!r}, got: {first_line(error)}") from error
         shapes = [(m.out_features, m.in_features) for m in model.modules() if isinstance(m, nn.Linear)]
     if not shapes:
         raise ValueError(f"expected linear layers in {name!r}, got none; name shapes with --layer OUTxIN")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import first_line
 from .extras import require
 from .tasks import pad_token
 
@@ -24,7 +25,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"expected a model with a tokenizer at {name!r}, got: {_first_line(error)}") from error
+        raise ValueError(f"expected a model with a tokenizer at {name!r}, got: {first_line(error)}") from error
 
 
 def load_causal_lm(name: str, dtype: str) -> Any:
@@ -84,7 +85,7 @@ def _load(kind: Any, name: str, dtype: str, **options: Any) -> tuple[Any, list[s
     try:
         model, info = kind.from_pretrained(name, dtype=kept, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"expected a model for {kind.__name__} at {name!r}, got: {_first_line(error)}") from error
+        raise ValueError(f"expected a model for {kind.__name__} at {name!r}, got: {first_line(error)}") from error
     return model, sorted(info["missing_keys"])
 
 
@@ -98,8 +99,3 @@ def _check_folder(name: str) -> None:
         raise ValueError(
             f"expected a model's folder, found nothing at {name}; check the path or give a hub name (owner/model)"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

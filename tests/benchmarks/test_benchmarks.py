@@ -15,6 +15,7 @@ from igulora.benchmarks import cases, render, targets
 from igulora.benchmarks import record as records
 from igulora.benchmarks.machine import RESULTS
 from igulora.benchmarks.memory import peak_memory
+from igulora.benchmarks.methods import Method
 from igulora.benchmarks.ratios import paired_ratios
 from igulora.measure.counting import Counting
 
@@ -106,32 +107,21 @@ def test_ratios_are_paired_by_round() -> None:
     assert ratios["ours/without-path"]["median"] == 1.5
 
 
-class _Adds:
+class _Adds(Method):
     """A method whose step allocates a known amount: two tensors of 4 MB alive together, one of them kept for backward."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
+        super().__init__(model, cases.CASES["tiny-4x16"])
         self.state = torch.zeros(500_000)
         self.weight = torch.ones(1_000_000, requires_grad=True)
 
-    def step(self, batch: dict[str, torch.Tensor]) -> None:
-        self.backward(batch)
-        self.zero_grad()
-
-    def backward(self, batch: dict[str, torch.Tensor]) -> None:
-        (batch["x"] * 2 * self.weight).sum().backward()
+    def backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = (batch["x"] * 2 * self.weight).sum()
+        loss.backward()
+        return loss.detach()
 
     def zero_grad(self) -> None:
         self.weight.grad = None
-
-    def prepare(self, small: dict[str, torch.Tensor]) -> None:
-        self.step(small)
-
-    def kinds(self) -> dict[str, float]:
-        return {"step": 1.0}
-
-    def seek(self, kind: str, small: dict[str, torch.Tensor]) -> None:
-        pass
 
 
 def test_memory_is_what_was_allocated() -> None:

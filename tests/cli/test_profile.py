@@ -36,7 +36,7 @@ def test_methods_side_by_side(tmp_path, capsys) -> None:
     text = capsys.readouterr().out
     for words in (
         *PARTS,
-        "igulora default, path (19% of",
+        "igulora default, path (6% of",
         "peft-adalora; CPU",
         "side by side",
         "aten::addmm_",
@@ -55,7 +55,7 @@ def test_methods_side_by_side(tmp_path, capsys) -> None:
     found = figures(tmp_path / "p.json")
     assert len(found) == 5
     assert found["floor"]["parts"][ADAPTER]["launches"] == 0
-    assert found["igulora default, path (19% of steps)"]["parts"][PATH]["flops"] > 0
+    assert found["igulora default, path (6% of steps)"]["parts"][PATH]["flops"] > 0
     for part in (ORTHOGONALITY, SCORES, ALLOCATION):
         scored = found["igulora default, plain+score (6% of steps)"]["parts"][part]
         assert 0 < scored["launches"] < found["peft-adalora"]["parts"][part]["launches"]
