@@ -17,7 +17,7 @@ demo: $(VENV)/.igulora-demo
 	$(BIN)/igulora finetune --overwrite $(ARGS)
 
 test: $(VENV)/.igulora-test
-	env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+	env OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile -o faulthandler_exit_on_timeout=true $(ARGS)
 
 bench: $(VENV)/.igulora-bench
 	$(BIN)/igulora bench --record $(ARGS)

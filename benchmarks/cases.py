@@ -106,6 +106,7 @@ TARGETS = (
     Target("step without path rows, over the floor", "ratio:instantaneous/floor", 1.18),
     Target("the same, over PEFT LoRA's step", "ratio:instantaneous/peft-lora", 0.90),
     Target("the same, over PEFT AdaLoRA's step", "ratio:instantaneous/peft-adalora", 0.62),
+    Target("the floor alone, which trains nothing, over PEFT AdaLoRA's step", "ratio:floor/peft-adalora", None),
     Target("step with the default estimator, mean of a scoring window, over the floor", "ratio:default/floor", 1.24),
     Target("the same, over a step without path rows", "ratio:default/without-path", 1.05),
     Target("the same, over the released IGU-LoRA's step", "ratio:default/release", None),

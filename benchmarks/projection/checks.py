@@ -146,7 +146,7 @@ def against_pytorch(base: nn.Module, case: Case, names: Iterable[str]) -> dict[s
     result = {}
     for name in names:
         method, batch, small = _real(name, base, case)
-        kind = max(method.kinds(), key=lambda k: ("path" in k, "score" in k))
+        kind = method.dearest()
 
         def step(method: Method = method, kind: str = kind, small: Any = small) -> Callable[[], object]:
             method.seek(kind, small)

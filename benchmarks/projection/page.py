@@ -13,7 +13,6 @@ import json
 import re
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 from igulora.files import write_json
@@ -22,6 +21,7 @@ from igulora.measure.roofline import PROJECTION, Roofline, card
 from ..cases import Case
 from ..machine import RESULTS, machine, versions
 from ..pages import table
+from ..record import newest
 from .checks import FIGURES, against_record, validate
 from .project import project
 from .shapes import frozen
@@ -33,20 +33,6 @@ CARD = "H100"
 OTHER_CARDS = ("A100", "H200", "L40", "L40S", "4090")
 OTHER_MODEL = "llama-3-8b"
 ROWS, LENGTH, RANK = 4, 512, 32
-
-
-def newest() -> Path:
-    """The newest record.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    found = sorted(FOLDER.glob("*.json"))
-    if not found:
-        raise FileNotFoundError(
-            f"expected a record in {FOLDER}, found none; run python -m igulora.benchmarks.projection.page"
-        )
-    return found[-1]
 
 
 def _say(text: str) -> None:
@@ -247,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="say whether the page is up to date")
     options = parser.parse_args(arguments)
     if options.check:
-        current = PAGE.read_text(encoding="utf-8") == render(json.loads(newest().read_text(encoding="utf-8")))
+        current = PAGE.read_text(encoding="utf-8") == render(json.loads(newest(FOLDER).read_text(encoding="utf-8")))
         print(
             "up to date"
             if current
@@ -258,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT reads what transformers renames
         record = make(list(frozen()), ("tiny", "smollm2-135m"))
         write_json(FOLDER / f"{record['date']}.json", record)
-    PAGE.write_text(render(json.loads(newest().read_text(encoding="utf-8"))), encoding="utf-8")
+    PAGE.write_text(render(json.loads(newest(FOLDER).read_text(encoding="utf-8"))), encoding="utf-8")
     print(f"written: {PAGE}")
     return 0
 

@@ -24,9 +24,12 @@ def live_storages() -> dict[int, int]:
     for tensor in [o for o in gc.get_objects() if issubclass(type(o), Tensor)]:
         for each in (tensor, tensor.grad if tensor.is_leaf else None):
             if each is not None and each.device.type == "cpu" and each.layout == torch.strided:
-                storage = each.untyped_storage()
-                with suppress(RuntimeError):  # fake tensors, which tracing leaves behind, have no storage
-                    found[storage.data_ptr()] = storage.nbytes()
+                with suppress(RuntimeError):  # functional tensors, which tracing leaves behind, have no storage
+                    storage = each.untyped_storage()
+                    if (
+                        storage.device.type == "cpu"
+                    ):  # that of fake tensors, which say that they lie here, is on no device
+                        found[storage.data_ptr()] = storage.nbytes()
     return found
 
 

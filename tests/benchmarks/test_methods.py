@@ -61,6 +61,16 @@ def _build(name: str, base: nn.Module) -> Method:
     return METHODS[name](copy.deepcopy(base), CASE)
 
 
+@pytest.mark.parametrize("name", ["on-path", "default"])
+def test_a_kind_of_step_that_a_method_does_not_have_is_refused(base: nn.Module, name: str) -> None:
+    method = _build(name, base)
+    small = small_batch(base, CASE)
+    method.prepare(small)
+    method.seek(next(iter(method.kinds())), small)
+    with pytest.raises(ValueError, match=r"expected kind to be one of .*; got 'plain\+mask'"):
+        method.seek("plain+mask", small)
+
+
 # -- gradients and starts -----------------------------------------------------------------------------------------------
 
 

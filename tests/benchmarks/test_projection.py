@@ -30,6 +30,7 @@ from igulora.benchmarks.projection.project import (
     project_method,
 )
 from igulora.benchmarks.projection.shapes import Shape, find_shape, frozen, linears_of
+from igulora.benchmarks.record import newest
 from igulora.measure.costs import Cost
 from igulora.measure.counting import Counting
 from igulora.measure.roofline import CARDS, PROJECTION, Roofline
@@ -247,7 +248,7 @@ def test_means_are_weighted_by_share() -> None:
 
 
 def test_the_page_is_what_the_newest_record_renders_to() -> None:
-    record = json.loads(projection_page.newest().read_text(encoding="utf-8"))
+    record = json.loads(newest(projection_page.FOLDER).read_text(encoding="utf-8"))
     expected = projection_page.render(record)
     assert projection_page.PAGE.read_text(encoding="utf-8") == expected, (
         "run python -m igulora.benchmarks.projection.page --render"
@@ -255,7 +256,7 @@ def test_the_page_is_what_the_newest_record_renders_to() -> None:
 
 
 def test_the_page_says_what_it_is() -> None:
-    record = json.loads(projection_page.newest().read_text(encoding="utf-8"))
+    record = json.loads(newest(projection_page.FOLDER).read_text(encoding="utf-8"))
     assert record["what"] == PROJECTION
     assert all(made["what"] == PROJECTION for made in (*record["projections"], *record["cards"]))
     tables = projection_page.render(record).split("\n## ")

@@ -91,7 +91,7 @@ STEPS = [
     ("default", "plain", LOOP | BOOKS - {SCORES}),
     ("default", "path", (LOOP | BOOKS | {PATH}) - {SCORES}),
     ("default", "plain+score", LOOP | BOOKS),
-    ("on-path", "plain+score", LOOP | BOOKS | {PATH}),
+    ("on-path", "path+score", LOOP | BOOKS | {PATH}),
     ("peft-lora", "step", LOOP),
     ("peft-adalora", "step", LOOP | BOOKS),
     ("release", "plain", LOOP | {ORTHOGONALITY, SCORES, PATH}),
