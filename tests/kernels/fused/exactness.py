@@ -46,6 +46,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return made
 
+    # ``with torch.device(...)`` makes its list of functions once in a process: of the true ones, or it would pass over them for ever after.
+    torch.utils._device._device_constructors()
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
