@@ -164,7 +164,7 @@ class Run:
                 "title": method.title,
                 "trainable": method.trainable(),
                 "change_at_start": change,
-                "gradient_error": check_gradients(name, self.options.device),
+                "gradient_error": self._gradient_errors(name),
                 "kinds": method.kinds(),
                 "live_at_start": start,
             }
@@ -172,6 +172,14 @@ class Run:
         for name in self.options.methods:
             self.reporter.tick(f"{self.case.name}: building {name}")
             self._guarded(name, lambda name=name: one(name))  # type: ignore[misc]
+
+    def _gradient_errors(self, name: str) -> dict[str, float | None]:
+        """In the dtype in which an error shows best, and in the one that is timed."""
+        dtypes = {METHODS[name].check_dtype, next(self.base.parameters()).dtype}
+        return {
+            str(dtype).removeprefix("torch."): check_gradients(name, self.options.device, dtype)
+            for dtype in sorted(dtypes, key=str)
+        }
 
     def _time(self) -> Times:
         """Interleaved step times in seconds.

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from igulora.measure.roofline import PROJECTION
+
 from .cases import TARGETS, Target
 from .fidelity.choice import ALLOWED, DEFAULT_MEASURE, WANTED, choose
 from .fidelity.page import FOLDER as FIDELITY
@@ -103,6 +105,20 @@ def compiled() -> Finding:
     )
 
 
+def traffic() -> Finding:
+    """What the fused kernels of a layer move, as a share of its base product's time: the worst of the cards."""
+    from . import traffic_page as page  # asks the kernels for their tiles, so it needs Triton
+
+    worst = {way: max(page.totals(c, "pointers", 1, partial=False)[way] for c in page.CARDS) for way in page.LIMITS}
+    return Finding(
+        f"{PROJECTION}: adapter traffic per layer over one base product, forward / backward, {page.M} tokens, {page.WIDTH}²",
+        " / ".join(f"≤ {100 * limit:.0f}%" for limit in page.LIMITS.values()),
+        " / ".join(f"{100 * value:.1f}%" for value in worst.values()) + f" (the worst of {len(page.CARDS)} cards)",
+        all(worst[way] <= limit for way, limit in page.LIMITS.items()),
+        "../kernels/README.md",
+    )
+
+
 def on_a_gpu() -> list[Finding]:
     """Whole steps on the newest GPU record: as CUDA graphs where both were captured, else eager."""
     folder = RESULTS / "gpu"
@@ -134,7 +150,7 @@ def on_a_gpu() -> list[Finding]:
 def others() -> str:
     """Targets that other records speak of."""
     rows = []
-    for finding in (*fidelity(), compiled(), *on_a_gpu()):
+    for finding in (*fidelity(), compiled(), traffic(), *on_a_gpu()):
         verdict = "–" if finding.met is None else "met" if finding.met else "missed"
         rows.append([finding.what, finding.target, finding.found, verdict, f"[page]({finding.page})"])
     return table(["what", "target", "found", "", ""], rows)

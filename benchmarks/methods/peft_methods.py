@@ -145,8 +145,12 @@ class PeftAdaLora(PeftMethod):
     def adapted(self) -> Iterator[Adapted]:
         for name, layer in self.layers():
             trained = {part: getattr(layer, f"lora_{part}")[ADAPTER] for part in "AEB"}
-            scale = layer.scaling[ADAPTER] / (layer.ranknum[ADAPTER].item() + 1e-5)
-            yield Adapted(name, trained, partial(_svd_weight, scale=scale))
+            rank = layer.ranknum[ADAPTER]
+            if (
+                rank.requires_grad
+            ):  # PEFT 0.21 trains it too, where the model is in 16 bits and it casts what it adds to float32
+                trained["ranknum"] = rank
+            yield Adapted(name, trained, partial(_svd_weight, scaling=layer.scaling[ADAPTER], rank=rank.detach()))
 
     def score_state(self) -> Iterable[Tensor]:
         allocator = self.model.base_model.rankallocator
@@ -162,7 +166,8 @@ def _lora_weight(W0: Tensor, values: dict[str, Tensor], scale: float) -> Tensor:
     return W0 + scale * values["B"] @ values["A"]
 
 
-def _svd_weight(W0: Tensor, values: dict[str, Tensor], scale: float) -> Tensor:
+def _svd_weight(W0: Tensor, values: dict[str, Tensor], scaling: float, rank: Tensor) -> Tensor:
+    scale = scaling / (values.get("ranknum", rank.to(W0.dtype)) + 1e-5)
     return W0 + scale * (values["B"] * values["E"].view(-1)) @ values["A"]
 
 

@@ -74,11 +74,12 @@ def test_a_kind_of_step_that_a_method_does_not_have_is_refused(base: nn.Module, 
 # -- gradients and starts -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.0625)])
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in CUDA_ONLY])
-def test_gradients_are_those_of_plain_mathematics(name: str) -> None:
+def test_gradients_are_those_of_plain_mathematics(name: str, dtype: torch.dtype, bound: float) -> None:
     assert METHODS[name].available() is None
-    worst = check_gradients(name)
-    assert worst is None if issubclass(METHODS[name], Floor) else 0 < worst < 1e-5
+    worst = check_gradients(name, dtype=dtype)
+    assert worst is None if issubclass(METHODS[name], Floor) else 0 < worst < bound
 
 
 @pytest.mark.parametrize("name", CUDA_ONLY)
