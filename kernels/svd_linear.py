@@ -99,12 +99,6 @@ def _fake_fwd(
     return x.new_empty((*x.shape[:-1], weight.shape[0])), saved
 
 
-def _p_and_e_gradient(T: Tensor, dy: Tensor, P: Tensor, c: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """dP (r, N) and dE (r,) of some rows: both are read off ``T^T dy``, the second as its product with P, triplet by triplet."""
-    joint = (T.t() @ dy).to(P.dtype)  # (r, M) @ (M, N)
-    return joint * c, (joint * P).sum(1) * reach
-
-
 def _reference_bwd(
     dy: Tensor,
     S: Tensor,
@@ -131,20 +125,26 @@ def _reference_bwd(
     ``needs[6]``: S was given, and its gradient without any group's factor is wanted instead of dQ. Without a weight, dx is the share that
     goes through Q alone (the rank-r update of a base that runs its own backward). Path rows are added to the accumulators that are given.
     """
+    dt = x.dtype
     dy2, x2 = rows_first(dy), rows_first(x)
     need_x, need_w, need_b, need_p, need_e, need_q, need_s = needs
-    rows = Ranges.of(x2.shape[0], group_count(alpha, path_weight), train_groups, path_start)
+    groups = group_count(alpha, path_weight)
+    rows = Ranges.of(x2.shape[0], groups, train_groups, path_start)
+    train, path = slice(0, rows.train), slice(rows.path, None)
     factor = flat_alpha(alpha)
+    at_path = None if path_weight is None else path_weight.reshape(-1)[path_start:]
     sampled = rows.has_path and path_P is not None
-    reach = scale * mask
-    c = (reach * E).unsqueeze(1)  # (r, 1)
-    dx = dW = db = dP = dE = dQ = G = keep = None
-    if need_x or need_q or need_s or sampled:
-        G = dy2 @ (P * c).to(x.dtype).t()  # (M, N) @ (N, r), without any group's factor
+    c = scale * mask * E  # (r,)
+    dx = dW = db = dP = dE = dQ = G = None
+    dyP = dy2.new_empty((x2.shape[0], 0))
+    if need_x or need_e or need_q or need_s or sampled:
+        dyP = dy2 @ P.to(dt).t()  # (M, N) @ (N, r)
+        G = (dyP * c).to(dt)
+    keep = None
     if G is not None and (need_x or (not need_s and (need_q or sampled))):
         keep = keep_factor(x2, seed, dropout_p)
     if need_x and G is not None:
-        dx = times_per_group(G, factor) @ Q.to(x.dtype)  # (M, r) @ (r, K)
+        dx = times_per_group(G, factor) @ Q.to(dt)  # (M, r) @ (r, K)
         if keep is not None:
             dx *= keep
         if weight is not None:
@@ -154,21 +154,23 @@ def _reference_bwd(
         dW = dy2.t() @ x2
     if need_b:
         db = dy2.sum(0)
-    if need_p or need_e:
-        trained = S if rows.train == rows.rows else S[: rows.train]
-        T = times_per_group(trained, None if factor is None else factor[:train_groups])
-        dP, dE = _p_and_e_gradient(T, dy2 if rows.train == rows.rows else dy2[: rows.train], P, c, reach)
-    if sampled and path_P is not None and path_E is not None and path_weight is not None:
-        T = times_per_group(S[rows.path :], path_weight.reshape(-1)[path_start:])
-        to_P, to_E = _p_and_e_gradient(T, dy2[rows.path :], P, c, reach)
-        path_P += to_P
-        path_E += to_E
+    if need_p:
+        rows_of = times_per_group(S[train], None if factor is None else factor[:train_groups])
+        dP = (rows_of.t() @ dy2[train]) * c.unsqueeze(1)  # (r, M) @ (M, N)
+    sums = c  # summed over the rows of a group before the group's factor: (n, r) numbers are left to weigh
+    if need_e or sampled:
+        sums = (S.to(E.dtype) * dyP).reshape(groups, rows.per_group, E.shape[0]).sum(1)
+    if sampled and path_P is not None and path_E is not None and at_path is not None:
+        path_P += (times_per_group(S[path], at_path).t() @ dy2[path]) * c.unsqueeze(1)
+        path_E += (sums[path_start:] * at_path[:, None]).sum(0) * (scale * mask)
+    if need_e:
+        weighed = sums[:train_groups] if factor is None else sums[:train_groups] * factor[:train_groups, None]
+        dE = weighed.sum(0) * (scale * mask)
     if G is not None and not need_s and (need_q or sampled):
         dropped = x2 if keep is None else x2 * keep
         dQ = q_gradient(G, dropped, alpha, path_weight, path_Q, train_groups, path_start, need_q)
         dQ = None if dQ is None else dQ.to(Q.dtype)
-    wanted = (dP if need_p else None, dE if need_e else None, dQ, G if need_s else None)
-    return empty_results(x, (dx, dW, db, *wanted))  # type: ignore[return-value]
+    return empty_results(x, (dx, dW, db, dP, dE, dQ, G if need_s else None))  # type: ignore[return-value]
 
 
 def _fake_bwd(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from igulora.errors import check_choice
+
 from ..cases import Case
 
 Batch = dict[str, Tensor]
@@ -104,7 +106,12 @@ class Method:
         return {"step": 1.0}
 
     def seek(self, kind: str, small: Batch) -> None:
-        """Take cheap steps until the next one is of ``kind``."""
+        """Take cheap steps until the next one is of ``kind``.
+
+        Raises:
+            ValueError: the method has no such kind.
+        """
+        check_choice("kind", kind, self.kinds())
 
     def dearest(self) -> str:
         """The kind of step that takes most memory."""

@@ -10,7 +10,6 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 import igulora
-from igulora.errors import check_choice
 
 from ..cases import Case
 from .method import Adapted, Batch, Method
@@ -70,7 +69,7 @@ class Igulora(Method):
         return {kind: count / self.config.window for kind, count in counts.items()}
 
     def seek(self, kind: str, small: Batch) -> None:
-        check_choice("kind", kind, self.kinds())
+        super().seek(kind, small)
         while self._kind(len(self._sampled) % self.config.window) != kind:
             self.step(small)
 

@@ -136,7 +136,7 @@ class PeftAdaLora(PeftMethod):
         return loss.detach()
 
     def backward(self, batch: Batch) -> Tensor:
-        return Method.bare(self, batch)  # through PEFT's wrapper, which adds the regulariser
+        return super().bare(batch)  # through PEFT's wrapper, which adds the regulariser
 
     def book(self) -> None:
         self.global_step += 1
@@ -146,9 +146,8 @@ class PeftAdaLora(PeftMethod):
         for name, layer in self.layers():
             trained = {part: getattr(layer, f"lora_{part}")[ADAPTER] for part in "AEB"}
             rank = layer.ranknum[ADAPTER]
-            if (
-                rank.requires_grad
-            ):  # PEFT 0.21 trains it too, where the model is in 16 bits and it casts what it adds to float32
+            # PEFT 0.21 trains it too, where the model is in 16 bits and what it adds is cast to float32.
+            if rank.requires_grad:
                 trained["ranknum"] = rank
             yield Adapted(name, trained, partial(_svd_weight, scaling=layer.scaling[ADAPTER], rank=rank.detach()))
 

@@ -283,6 +283,7 @@ class Release(Method):
 
     def seek(self, kind: str, small: Batch) -> None:
         """Moves the count of steps: the schedule alone reads it, and nineteen steps in between would change nothing in what one costs."""
+        super().seek(kind, small)
         self.global_step = self._middle - 1 if kind == "mask" else self._middle
 
     @torch.no_grad()
@@ -327,6 +328,7 @@ class ReleaseFinal(Release):
 
     def seek(self, kind: str, small: Batch) -> None:
         """Every step is of the one kind."""
+        Method.seek(self, kind, small)
 
 
 def _weight(W0: Tensor, values: dict[str, Tensor], layer: ReleaseLinear) -> Tensor:

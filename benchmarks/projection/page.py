@@ -12,7 +12,6 @@ import datetime
 import json
 import re
 import sys
-import warnings
 from typing import Any
 
 from igulora.files import write_json
@@ -20,6 +19,7 @@ from igulora.measure.roofline import PROJECTION, Roofline, card
 
 from ..cases import Case
 from ..machine import RESULTS, machine, versions
+from ..methods import quiet_peft
 from ..pages import table
 from ..record import newest
 from .checks import FIGURES, against_record, validate
@@ -241,8 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return int(not current)
     if not options.render:
-        warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT reads what transformers renames
-        record = make(list(frozen()), ("tiny", "smollm2-135m"))
+        with quiet_peft():
+            record = make(list(frozen()), ("tiny", "smollm2-135m"))
         write_json(FOLDER / f"{record['date']}.json", record)
     PAGE.write_text(render(json.loads(newest(FOLDER).read_text(encoding="utf-8"))), encoding="utf-8")
     print(f"written: {PAGE}")

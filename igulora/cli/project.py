@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"expected --target-rank from 1 to the rank of {args.rank}, got {target}")
     require("transformers", "bench", "igulora project")
     from ..benchmarks.cases import Case
+    from ..benchmarks.methods import quiet_peft
     from ..benchmarks.projection.project import DEFAULTS, check_methods, project
     from ..benchmarks.projection.shapes import find_shape
 
@@ -96,8 +96,7 @@ def run(args: argparse.Namespace) -> None:
     shape = find_shape(args.model)
     _check_length(shape, args.length)
     case = Case("project", shape.name, args.rows, args.length, args.rank, target)
-    with console.status("projecting") as status, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads what transformers renames
+    with console.status("projecting") as status, quiet_peft():
         made = project(shape, case, roofline, names, say=lambda title: status.update(f"projecting {title}"))
     _print(console, made)
     if args.json is not None:

@@ -26,9 +26,8 @@ def live_storages() -> dict[int, int]:
             if each is not None and each.device.type == "cpu" and each.layout == torch.strided:
                 with suppress(RuntimeError):  # functional tensors, which tracing leaves behind, have no storage
                     storage = each.untyped_storage()
-                    if (
-                        storage.device.type == "cpu"
-                    ):  # that of fake tensors, which say that they lie here, is on no device
+                    # That of fake tensors, which say that they lie here, is on no device.
+                    if storage.device.type == "cpu":
                         found[storage.data_ptr()] = storage.nbytes()
     return found
 

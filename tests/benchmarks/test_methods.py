@@ -61,7 +61,7 @@ def _build(name: str, base: nn.Module) -> Method:
     return METHODS[name](copy.deepcopy(base), CASE)
 
 
-@pytest.mark.parametrize("name", ["on-path", "default"])
+@pytest.mark.parametrize("name", ["on-path", "default", "floor", "release"])
 def test_a_kind_of_step_that_a_method_does_not_have_is_refused(base: nn.Module, name: str) -> None:
     method = _build(name, base)
     small = small_batch(base, CASE)
