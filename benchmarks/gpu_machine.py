@@ -79,6 +79,10 @@ class Deadline:
         """Whether it is over."""
         return self.left <= 0
 
+    def within(self, share: float) -> Deadline:
+        """A deadline of its own for something that may take this share of what is left."""
+        return Deadline(time.time() + share * max(self.left, 0))
+
 
 def _output(*command: str) -> str:
     """Standard output of a command, empty where it cannot run."""

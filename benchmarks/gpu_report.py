@@ -178,63 +178,96 @@ def layers_table(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _batch(shape: list[int]) -> str:
+    return f"{shape[0]}×{shape[1]} tokens"
+
+
 def steps_table(record: dict[str, Any]) -> str:
-    """Whole training steps: eager, captured, compiled."""
+    """Whole training steps: eager on both batches, where their time goes, captured and compiled."""
     items = _items(record, "steps")
-    build, eager, graphs, compiled = (items.get(name, {}) for name in ("methods", "eager", "graphs", "compiled"))
+    build = items.get("methods", {})
     if "methods" not in build:
         return "\n".join(f"- {name}: {_reason(item)}" for name, item in items.items()) + "\n"
-    model, case = build["model"], build["case"]
+    model, methods = build["model"], build["methods"]
     parts = [
         f"A randomly initialised Llama of {model['parameters'] / 1e6:.0f} million parameters, all {model['linears']} linear layers but the "
-        f"head, r = {case['r']}, {case['rows']}×{case['length']} tokens; blocks of {eager.get('steps_in_block', '–')} steps, "
-        f"{eager.get('rounds', 0)} rounds.\n"
+        f"head, r = {build['case']['r']}.\n"
     ]
-    rows, missing = [], []
-    for name, method in build["methods"].items():
-        step = eager.get("step", {}).get(name)
-        if step is None:
-            missing.append(f"- {name}: {_reason(method if 'title' not in method else eager)}")
-            continue
-        ratios, memory = eager["ratios"], method.get("memory", {})
+    parts += [f"- {name}: {_reason(method)}" for name, method in methods.items() if "title" not in method]
+    for name, write in (
+        ("eager", _eager_table),
+        ("eager, long", _eager_table),
+        ("profile", _profile_table),
+        ("graphs", _replays_table),
+        ("compiled", _replays_table),
+    ):
+        item = items.get(name)
+        if item is not None:
+            title = {"graphs": "As CUDA graphs", "compiled": "Compiled, reduce-overhead"}.get(name, name.capitalize())
+            broken = item.keys() & {"error", "cut", "skipped"}
+            parts.append(f"### {title}\n\n" + (_reason(item) + "\n" if broken else write(item, methods)))
+    return "\n".join(parts) + "\n"
+
+
+def _eager_table(item: dict[str, Any], methods: Items) -> str:
+    rows = []
+    for name, step in item["step"].items():
+        memory = item["memory"].get(name)
         rows.append(
             [
-                method["title"],
+                methods[name]["title"],
                 _ms({key: 1e3 * value for key, value in step.items()}),
-                *(_ratio(ratios.get(f"{name}/{other}")) for other in ("floor", "peft-lora", "peft-adalora")),
-                f"{memory['peak'] / 2**20:.0f}" if memory else "–",
-                f"{memory['held'] / 2**20:.0f}" if memory else "–",
-            ]
-            + [
-                text
-                for item in (graphs, compiled)
-                for text in (
-                    _ms({key: 1e3 * value for key, value in item.get("step", {}).get(name, {}).items()}),
-                    *(_ratio(item.get("ratios", {}).get(f"{name}/{other}")) for other in ("floor", "peft-lora")),
-                )
+                *(_ratio(item["ratios"].get(f"{name}/{other}")) for other in ("floor", "peft-lora", "peft-adalora")),
+                *(f"{memory[key] / 2**20:.0f}" if memory else "–" for key in ("peak", "held")),
             ]
         )
-    header = [
-        "method",
-        "step, ms",
-        "over floor",
-        "over PEFT LoRA",
-        "over PEFT AdaLoRA",
-        "peak, MiB",
-        "held, MiB",
-        "as a CUDA graph, ms",
-        "over floor",
-        "over PEFT LoRA",
-        "compiled, ms",
-        "over floor",
-        "over PEFT LoRA",
+    head = f"{_batch(item['batch'])}, blocks of {item['steps_in_block']} steps, {item['rounds']} rounds.\n\n"
+    others = ("over floor", "over PEFT LoRA", "over PEFT AdaLoRA")
+    return head + table(["method", "step, ms", *others, "peak, MiB", "held, MiB"], rows)
+
+
+def _profile_table(item: dict[str, Any], methods: Items) -> str:
+    """Milliseconds of the device and of the host by part, and launches."""
+    found = {name: p for name, p in item["methods"].items() if "parts" in p}
+    shown = [
+        part
+        for part in next(iter(found.values()), {"parts": {}})["parts"]
+        if any(p["parts"][part]["launches"] or p["parts"][part]["seconds"] for p in found.values())
     ]
-    parts += [table(header, rows), *missing]
-    for how, item in (("as a CUDA graph", graphs), ("compiled", compiled)):
-        known = item.get("methods", {}).items()
-        parts += [f"- {how}, {name}: {_reason(m)}" for name, m in known if m.keys() & {"error", "cut", "skipped"}]
-    parts += [f"- {name}: {_reason(item)}" for name, item in items.items() if "error" in item or "cut" in item]
-    return "\n".join(parts) + "\n"
+    rows = []
+    for name, profile in found.items():
+        for key, what, scale in (
+            ("seconds", "device, ms", 1e3),
+            ("host_seconds", "host, ms", 1e3),
+            ("kernels", "kernels", 1),
+        ):
+            values = [scale * profile["parts"][part][key] for part in shown]
+            total = scale * sum(part[key] for part in profile["parts"].values())
+            wall = profile["profiled_seconds"] if key == "host_seconds" else profile["wall_seconds"]
+            cells = [f"{v:,.0f}" if key == "kernels" else f"{v:.1f}" for v in (*values, total)]
+            rows.append([methods[name]["title"], what, *cells, "–" if key == "kernels" else f"{1e3 * wall:.1f}"])
+    note = (
+        f"{_batch(item['batch'])}, one step each. *Device*: what the kernels take that a part launched; *step* beside it: the same step "
+        "undisturbed. Where the device's sum is far below that, the step waits for the host. *Host*: under the profiler, which slows every "
+        "operator and launch down; so is the step beside it.\n\n"
+    )
+    missing = [f"- {name}: {_reason(p)}" for name, p in item["methods"].items() if "parts" not in p]
+    return note + table(["method", "", *shown, "sum", "step, ms"], rows) + "\n".join(missing)
+
+
+def _replays_table(item: dict[str, Any], methods: Items) -> str:
+    rows = [
+        [
+            methods[name]["title"],
+            _ms({key: 1e3 * value for key, value in step.items()}),
+            *(_ratio(item["ratios"].get(f"{name}/{other}")) for other in ("floor", "peft-lora")),
+        ]
+        for name, step in item["step"].items()
+    ]
+    missing = [
+        f"- {name}: {_reason(m)}" for name, m in item["methods"].items() if m.keys() & {"error", "cut", "skipped"}
+    ]
+    return table(["method", "step, ms", "over floor", "over PEFT LoRA"], rows) + "\n".join(missing) + "\n"
 
 
 def compile_table(record: dict[str, Any]) -> str:

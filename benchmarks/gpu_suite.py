@@ -30,15 +30,15 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "gpu"
-FORMAT = 1
+FORMAT = 2  # 2: steps of two batches, their profile
 # Module of each part and its share of the time; what a part does not use goes to those behind it.
 PARTS = {
     "floors": ("gpu_machine", 0.02),
     "tests": ("gpu_tests", 0.29),
     "compile": ("gpu_compile", 0.07),
     "kernels": ("gpu_kernels", 0.09),
-    "layers": ("gpu_layers", 0.22),
-    "steps": ("gpu_steps", 0.31),
+    "steps": ("gpu_steps", 0.45),
+    "layers": ("gpu_layers", 0.08),
 }
 _KILL_AFTER = 15  # seconds behind its deadline that a part may take for the item under way
 _RESTARTS = 3  # of a part whose process was lost

@@ -58,27 +58,30 @@ def layers(record: dict[str, Any]) -> str:
 
 
 def steps(record: dict[str, Any]) -> str:
-    """Whole training steps, by how they are run."""
+    """Whole training steps, by batch and by how they are run."""
     items = record["parts"].get("steps", {}).get("items", {})
-    ways = [items.get(name, {}).get("step", {}) for name in ("eager", "compiled", "graphs")]
-    memory = {n: m.get("memory", {}).get("peak") for n, m in items.get("methods", {}).get("methods", {}).items()}
-    rows = [
-        [
-            title,
-            *(f"{1e3 * way[name]['median']:.1f}" if name in way else "–" for way in ways),
-            f"{memory[name] / 2**30:.2f}" if memory.get(name) else "–",
-        ]
-        for name, title in STEPS.items()
-        if any(name in way for way in ways)
-    ]
-    if not rows:
+    ran = {
+        name: items[name] for name in ("eager", "compiled", "graphs", "eager, long") if "step" in items.get(name, {})
+    }
+    if "eager" not in ran:
         return ""
-    model, case = items["methods"]["model"], items["methods"]["case"]
-    title = (
-        f"step of a {model['parameters'] / 1e6:.0f}M Llama, {model['linears']} linears, r = {case['r']}, "
-        f"{case['rows']}×{case['length']} tokens"
-    )
-    return table([title, "eager, ms", "torch.compile, ms", "as a CUDA graph, ms", "peak, GiB"], rows)
+    header, columns = [], []
+    for name, item in ran.items():
+        eager = name.startswith("eager")
+        batch = f"{item['batch'][0]}×{item['batch'][1]}, " if eager else ""
+        header.append(f"{batch}{ {'compiled': 'torch.compile', 'graphs': 'as a CUDA graph'}.get(name, 'eager') }, ms")
+        columns.append({m: f"{1e3 * step['median']:.1f}" for m, step in item["step"].items()})
+        if eager:
+            header.append("peak, GiB")
+            columns.append({m: f"{memory['peak'] / 2**30:.2f}" for m, memory in item["memory"].items()})
+    rows = [
+        [title, *(column.get(name, "–") for column in columns)]
+        for name, title in STEPS.items()
+        if any(name in column for column in columns)
+    ]
+    model = items["methods"]["model"]
+    title = f"step of a {model['parameters'] / 1e6:.0f}M Llama, {model['linears']} linears, r = {items['methods']['case']['r']}"
+    return table([title, *header], rows)
 
 
 def summary(file: Path | None) -> str:

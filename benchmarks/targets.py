@@ -120,7 +120,7 @@ def traffic() -> Finding:
 
 
 def on_a_gpu() -> list[Finding]:
-    """Whole steps on the newest GPU record: as CUDA graphs where both were captured, else eager."""
+    """Whole steps on the newest GPU record: eager on both batches, and as CUDA graphs where both were captured."""
     folder = RESULTS / "gpu"
     if not any(folder.glob("*.json")):
         return []
@@ -130,8 +130,10 @@ def on_a_gpu() -> list[Finding]:
     device, page = record["environment"]["machine"]["name"], f"results/gpu/{file.with_suffix('.md').name}"
     found = []
     for name, title, limit in (("peft-adalora", "PEFT AdaLoRA", 0.6), ("peft-lora", "PEFT LoRA", 0.9)):
-        for part, how in (("eager", "eager"), ("graphs", "as a CUDA graph")):
+        for part, kind in (("eager", "eager"), ("eager, long", "eager"), ("graphs", "as a CUDA graph")):
             ratio = items.get(part, {}).get("ratios", {}).get(f"instantaneous/{name}")
+            batch = items.get(part, items["eager"]).get("batch", items["eager"].get("batch"))
+            how = kind if batch is None else f"{batch[0]}×{batch[1]} tokens, {kind}"
             if ratio is not None:
                 text = cell(ratio, limit)
                 found.append(

@@ -23,8 +23,8 @@ import torch
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-MODULES = ("gpu_suite", "gpu_report", "gpu_machine", "gpu_tests", "gpu_kernels", "gpu_steps")
-PARTS = ("floors", "tests", "compile", "kernels", "layers", "steps")
+MODULES = ("gpu_suite", "gpu_report", "gpu_machine", "gpu_tests", "gpu_kernels", "gpu_steps", "gpu_replays")
+PARTS = ("floors", "tests", "compile", "kernels", "steps", "layers")
 
 
 @pytest.fixture
@@ -114,8 +114,14 @@ def test_steps_are_compared(record: dict[str, Any]) -> None:
     items = record["parts"]["steps"]["items"]
     methods = ("floor", "instantaneous", "default", "peft-lora", "peft-adalora")
     assert set(items["methods"]["methods"]) == set(methods)
-    assert set(items["eager"]["step"]) == set(methods)
-    assert items["eager"]["ratios"]["default/peft-adalora"]["median"] > 0
+    for name, length in (("eager", 16), ("eager, long", 32)):
+        assert set(items[name]["step"]) == set(methods)
+        assert items[name]["ratios"]["default/peft-adalora"]["median"] > 0
+        assert items[name]["batch"] == [4, length]
+    profiles = items["profile"]["methods"]
+    assert set(profiles) == {"floor", "instantaneous", "peft-lora", "peft-adalora"}
+    assert profiles["instantaneous"]["parts"]["adapter products"]["host_seconds"] > 0
+    assert profiles["floor"]["parts"]["adapter products"]["launches"] == 0
     assert set(items["graphs"]["step"]) == {"floor", "instantaneous", "peft-lora"}
     assert items["graphs"]["captured"] is False
 
@@ -289,7 +295,7 @@ def test_what_a_capture_reads_lives_as_long_as_its_replay(
         "Stream": lambda: SimpleNamespace(wait_stream=lambda stream: None),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: replayed.append(1)),
         "current_stream": lambda: None,
-        "synchronize": lambda device: None,
+        "synchronize": lambda: None,
         "stream": lambda stream: nullcontext(),
         "graph": lambda graph, stream: nullcontext(),
     }
@@ -298,8 +304,7 @@ def test_what_a_capture_reads_lives_as_long_as_its_replay(
 
     def capture() -> tuple[Callable[[], object], weakref.ref[torch.Tensor]]:
         state = torch.zeros(3)
-        steps = SimpleNamespace(setting=SimpleNamespace(device=None))
-        return modules["gpu_steps"].Steps._captured(steps, lambda: state.add_(1)), weakref.ref(state)
+        return modules["gpu_replays"].capture(lambda: state.add_(1)), weakref.ref(state)
 
     replay, state = capture()
     gc.collect()
