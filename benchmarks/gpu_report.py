@@ -252,7 +252,7 @@ def _profile_table(item: dict[str, Any], methods: Items) -> str:
         "operator and launch down; so is the step beside it.\n\n"
     )
     missing = [f"- {name}: {_reason(p)}" for name, p in item["methods"].items() if "parts" not in p]
-    return note + table(["method", "", *shown, "sum", "step, ms"], rows) + "\n".join(missing)
+    return note + table(["method", "", *shown, "sum", "step, ms"], rows) + "\n" + "\n".join(missing)
 
 
 def _replays_table(item: dict[str, Any], methods: Items) -> str:
@@ -267,7 +267,7 @@ def _replays_table(item: dict[str, Any], methods: Items) -> str:
     missing = [
         f"- {name}: {_reason(m)}" for name, m in item["methods"].items() if m.keys() & {"error", "cut", "skipped"}
     ]
-    return table(["method", "step, ms", "over floor", "over PEFT LoRA"], rows) + "\n".join(missing) + "\n"
+    return table(["method", "step, ms", "over floor", "over PEFT LoRA"], rows) + "\n" + "\n".join(missing) + "\n"
 
 
 def compile_table(record: dict[str, Any]) -> str:
