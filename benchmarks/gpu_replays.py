@@ -1,17 +1,13 @@
-"""Training steps without the host on a GPU: replayed as CUDA graphs, which leaves the device's work alone, or with compiled models.
-
-Only of methods whose step never waits for the host; the others are named with the reason.
-"""
+"""Training steps replayed as CUDA graphs, which leaves the device's work alone; of methods whose step never waits for the host."""
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_machine import Deadline, Times
+from gpu_machine import Deadline
 
 from igulora.benchmarks.methods import Batch, Igulora, Method
 from igulora.benchmarks.ratios import paired_ratios, quartiles
@@ -19,9 +15,6 @@ from igulora.kernels import allocate_triplets, importance_update, orthogonality_
 
 if TYPE_CHECKING:
     from gpu_steps import Steps
-
-_COMPILING = 45  # seconds that a model takes to compile
-_COMPILED = ("instantaneous", "peft-lora", "floor")  # in the order in which they are wanted
 
 
 class Replay:
@@ -139,38 +132,3 @@ def _ours(method: Method, batch: Batch) -> Callable[[], object]:
         bank.grad.zero_()
 
     return run
-
-
-def compiled(steps: Steps, deadline: Deadline) -> dict[str, Any]:
-    """Steps whose model runs under torch.compile with CUDA graphs of its passes, which leave little to the host."""
-    if not steps.clock.cuda:
-        return {"skipped": "needs a CUDA device"}
-    result: dict[str, Any] = {}
-    running: dict[str, Method] = {}
-    eager = {name: method.model for name, method in steps.methods.items()}
-    try:
-        for name in [name for name in _COMPILED if name in steps.methods]:
-            if deadline.left < _COMPILING:
-                result[name] = {"cut": "the part's time was over"}
-                continue
-            method = steps.methods[name]
-            method.model = torch.compile(method.model, mode="reduce-overhead", dynamic=False)
-            start = time.perf_counter()
-            try:
-                steps.block(method, steps.batch, 4)  # compiles, warms up, records
-                running[name] = method
-                result[name] = {"compiling_s": round(time.perf_counter() - start, 1)}
-            except Exception:
-                result[name] = {"error": traceback.format_exc()}
-                steps.clock.synchronize()
-        times: Times = {name: [] for name in running}
-        while running and (len(next(iter(times.values()))) < 3 or deadline.left > 10):
-            for name, method in running.items():
-                times[name].append(steps.block(method, steps.batch, 8))
-            if len(times[name]) == 12:
-                break
-    finally:
-        for name, model in eager.items():
-            steps.methods[name].model = model
-    step = {name: quartiles(series) for name, series in times.items()}
-    return {"methods": result, "step": step, "ratios": paired_ratios(times)}

@@ -183,7 +183,7 @@ def _batch(shape: list[int]) -> str:
 
 
 def steps_table(record: dict[str, Any]) -> str:
-    """Whole training steps: eager on both batches, where their time goes, captured and compiled."""
+    """Whole training steps: eager on both batches, where their time goes, and captured."""
     items = _items(record, "steps")
     build = items.get("methods", {})
     if "methods" not in build:
@@ -199,14 +199,22 @@ def steps_table(record: dict[str, Any]) -> str:
         ("eager, long", _eager_table),
         ("profile", _profile_table),
         ("graphs", _replays_table),
-        ("compiled", _replays_table),
     ):
         item = items.get(name)
         if item is not None:
-            title = {"graphs": "As CUDA graphs", "compiled": "Compiled, reduce-overhead"}.get(name, name.capitalize())
+            title = "As CUDA graphs" if name == "graphs" else name.capitalize()
             broken = item.keys() & {"error", "cut", "skipped"}
             parts.append(f"### {title}\n\n" + (_reason(item) + "\n" if broken else write(item, methods)))
     return "\n".join(parts) + "\n"
+
+
+def compiled_table(record: dict[str, Any]) -> str:
+    """Steps whose models are compiled."""
+    items = _items(record, "compiled")
+    item = items.get("compiled", {})
+    if "step" not in item:
+        return "\n".join(f"- {name}: {_reason(found)}" for name, found in items.items()) + "\n"
+    return _replays_table(item, items["methods"]["methods"])
 
 
 def _eager_table(item: dict[str, Any], methods: Items) -> str:
@@ -288,8 +296,9 @@ SECTIONS = {
         "bandwidth and the best product rate above, over its own",
         kernels_table,
     ),
-    "layers": ("Layers; ratios to the bare frozen layer are paired", layers_table),
     "steps": ("Training steps; ratios are paired", steps_table),
+    "layers": ("Layers; ratios to the bare frozen layer are paired", layers_table),
+    "compiled": ("Training steps of compiled models, CUDA graphs of their passes (reduce-overhead)", compiled_table),
 }
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_suite.py                   # everything; results/gpu/<date>-<device>.json and a page of tables beside it
     python benchmarks/gpu_suite.py --quick           # fewer shapes and repetitions, about four minutes
-    python benchmarks/gpu_suite.py --only layers     # one part (may be repeated)
+    python benchmarks/gpu_suite.py --only layers     # one part (may be repeated); "compiled", models under torch.compile, only so
     python benchmarks/gpu_suite.py --tiny            # no device needed: does it still run, under Triton's interpreter; times mean nothing
 
 It needs no network, and nothing installed but torch, Triton, numpy and, for the training step, transformers; what else there is (PEFT,
@@ -35,11 +35,13 @@ FORMAT = 2  # 2: steps of two batches, their profile
 PARTS = {
     "floors": ("gpu_machine", 0.02),
     "tests": ("gpu_tests", 0.29),
-    "compile": ("gpu_compile", 0.07),
-    "kernels": ("gpu_kernels", 0.09),
-    "steps": ("gpu_steps", 0.45),
-    "layers": ("gpu_layers", 0.08),
+    "compile": ("gpu_compile", 0.045),
+    "kernels": ("gpu_kernels", 0.055),
+    "steps": ("gpu_steps", 0.36),
+    "layers": ("gpu_layers", 0.23),
 }
+# Only with --only.
+MORE = {"compiled": ("gpu_compiled", 1.0)}
 _KILL_AFTER = 15  # seconds behind its deadline that a part may take for the item under way
 _RESTARTS = 3  # of a part whose process was lost
 
@@ -49,10 +51,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repetitions")
     parser.add_argument("--tiny", action="store_true", help="shapes that Triton's interpreter gets through in a minute")
-    parser.add_argument("--only", choices=sorted(PARTS), action="append", help="only this part (may be repeated)")
+    parser.add_argument(
+        "--only", choices=sorted(PARTS | MORE), action="append", help="only this part (may be repeated)"
+    )
     parser.add_argument("--output", type=Path, help="result file (default benchmarks/results/gpu/<date>-<device>.json)")
     parser.add_argument("--minutes", type=float, help="time for all parts together (default 9.5, with --quick 4)")
-    parser.add_argument("--part", choices=sorted(PARTS), help=argparse.SUPPRESS)  # a child's own options
+    parser.add_argument("--part", choices=sorted(PARTS | MORE), help=argparse.SUPPRESS)  # a child's own options
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -82,7 +86,7 @@ def run_part(options: argparse.Namespace) -> int:
     deadline = Deadline(options.until)
     if "environment" not in state:
         state["environment"] = environment(setting)
-    found = importlib.import_module(PARTS[options.part][0]).items(setting)
+    found = importlib.import_module((PARTS | MORE)[options.part][0]).items(setting)
     while True:
         state["running"] = "its preparation"
         _write(options.state, state)
@@ -202,8 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.part:
         return run_part(options)
     begin = time.time()
-    names = [name for name in PARTS if not options.only or name in options.only]
-    shares = sum(PARTS[name][1] for name in names)
+    parts = {name: part for name, part in (PARTS | MORE).items() if name in (options.only or PARTS)}
+    shares = sum(share for _, share in parts.values())
     record: dict[str, Any] = {"format": FORMAT, "kind": "gpu-suite", "figures": "measured", "parts": {}}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -211,8 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.tiny and not _has_device(environment):
             environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1")}
         planned = begin
-        for name in names:
-            planned += options.minutes * 60 * PARTS[name][1] / shares
+        for name, (_, share) in parts.items():
+            planned += options.minutes * 60 * share / shares
             print(f"{name} (until {planned - begin:.0f} s)", flush=True)
             end = min(planned + _KILL_AFTER, begin + options.minutes * 60 + _KILL_AFTER)
             part = supervise(name, options, environment, folder, planned, end)

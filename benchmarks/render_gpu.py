@@ -60,16 +60,14 @@ def layers(record: dict[str, Any]) -> str:
 def steps(record: dict[str, Any]) -> str:
     """Whole training steps, by batch and by how they are run."""
     items = record["parts"].get("steps", {}).get("items", {})
-    ran = {
-        name: items[name] for name in ("eager", "compiled", "graphs", "eager, long") if "step" in items.get(name, {})
-    }
+    ran = {name: items[name] for name in ("eager", "graphs", "eager, long") if "step" in items.get(name, {})}
     if "eager" not in ran:
         return ""
     header, columns = [], []
     for name, item in ran.items():
         eager = name.startswith("eager")
         batch = f"{item['batch'][0]}×{item['batch'][1]}, " if eager else ""
-        header.append(f"{batch}{ {'compiled': 'torch.compile', 'graphs': 'as a CUDA graph'}.get(name, 'eager') }, ms")
+        header.append(f"{batch}{'eager' if eager else 'as a CUDA graph'}, ms")
         columns.append({m: f"{1e3 * step['median']:.1f}" for m, step in item["step"].items()})
         if eager:
             header.append("peak, GiB")

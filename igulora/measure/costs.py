@@ -148,10 +148,11 @@ def _heads_of(q: Tensor, k: Tensor) -> tuple[int, ...]:
     return (k.shape[0], q.shape[1], *k.shape[2:])
 
 
-# The formulas that the counter of PyTorch lacks: attention on a CPU is what a GPU's flash attention computes.
+# The formulas that the counter of PyTorch lacks, or lacks for shared key heads (up to torch 2.11).
+_ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
 FLOPS: dict[str, Callable[..., int]] = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    **{f"aten::_scaled_dot_product_{kind}": _attention for kind in _ATTENTION},
+    **{f"aten::_scaled_dot_product_{kind}_backward": _attention_backward for kind in _ATTENTION},
     "aten::mv": lambda matrix, vector: 2 * matrix.numel(),
     "aten::dot": lambda a, b: 2 * a.numel(),
 }

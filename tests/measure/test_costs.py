@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from igulora.measure.costs import Cost, aten_cost, multi_tensor_launches
+from igulora.measure.costs import Cost, aten_cost, flops_of, multi_tensor_launches
 from igulora.measure.counting import Counting
 
 
@@ -116,6 +116,17 @@ def test_a_fused_optimizer_is_a_few_launches() -> None:
     assert counting.costs["step"].read == 80 * (4 * 40 + 4) + 80 * 4
     assert counting.costs["step"].written == 80 * 3 * 40 + 80 * 4
     assert counting.launches["aten::_fused_adamw_"] == 1
+
+
+@pytest.mark.parametrize("kind", ["flash", "efficient", "cudnn"])
+def test_attention_of_a_gpu_counts_every_query_head(kind: str) -> None:
+    """Also where several of them share one key head, which PyTorch's own formulas refuse up to version 2.11."""
+    q, k = torch.empty((2, 8, 16, 4), device="meta"), torch.empty((2, 2, 16, 4), device="meta")
+    product = 2 * 2 * 8 * 16 * 16 * 4
+    forward = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention").default
+    backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention_backward").default
+    assert flops_of(forward, (q, k, k), {}, (q,)) == 2 * product
+    assert flops_of(backward, (q, q, k, k), {}, (q, k, k)) == 5 * product
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 _CANARY = 64  # elements: buffers of the bank start on 256-byte boundaries
 
@@ -47,7 +48,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return made
 
     # ``with torch.device(...)`` makes its list of functions once in a process: of the true ones, or it would pass over them for ever after.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))
