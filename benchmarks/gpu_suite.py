@@ -54,7 +54,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", choices=sorted(PARTS | MORE), action="append", help="only this part (may be repeated)"
     )
-    parser.add_argument("--output", type=Path, help="result file (default benchmarks/results/gpu/<date>-<device>.json)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="result file (default benchmarks/results/gpu/<date>-<device>.json, with --only <date>-<device>-<part>.json)",
+    )
     parser.add_argument("--minutes", type=float, help="time for all parts together (default 9.5, with --quick 4)")
     parser.add_argument("--part", choices=sorted(PARTS | MORE), help=argparse.SUPPRESS)  # a child's own options
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
@@ -242,7 +246,8 @@ def _save(record: dict[str, Any], options: argparse.Namespace) -> Path:
     place = record.get("environment") or {"date": time.strftime("%Y-%m-%d"), "machine": {"name": "unknown"}}
     slug = re.sub(r"[^a-z0-9]+", "-", place["machine"]["name"].lower()).strip("-")
     folder = Path(tempfile.gettempdir()) / "igulora-gpu-suite" if options.tiny else RESULTS  # a trial run is no result
-    file = options.output or folder / f"{place['date']}-{slug}.json"
+    parts = "".join(f"-{part}" for part in options.only or ())
+    file = options.output or folder / f"{place['date']}-{slug}{parts}.json"
     _write(file, record)
     file.with_suffix(".md").write_text(page(record), encoding="utf-8")
     return file

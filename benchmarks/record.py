@@ -94,6 +94,16 @@ def newest(folder: Path) -> Path:
     return files[-1]
 
 
+def newest_of(folder: Path, part: str) -> Path | None:
+    """The GPU suite's latest record in ``folder`` that holds a part of the suite."""
+    found = []
+    for file in folder.glob("*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if part in record["parts"]:
+            found.append((record["environment"]["time"], file))
+    return max(found)[1] if found else None
+
+
 def check_same_place(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Raise unless two records come from one machine with one set of versions and threads (the commit may differ).
 

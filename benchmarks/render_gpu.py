@@ -14,6 +14,8 @@ from typing import Any
 
 from pages import replace, table
 
+from igulora.benchmarks.record import newest_of
+
 HERE = Path(__file__).resolve().parent
 README, KERNELS = HERE.parent / "README.md", HERE.parent / "kernels" / "README.md"
 LAYER = "8192x4096x4096 r32"
@@ -37,10 +39,8 @@ NOTHING = "No GPU time has been measured yet: `make gpu-suite` does.\n"
 
 
 def newest() -> Path | None:
-    """The newest record."""
-    files = (HERE / "results" / "gpu").glob("*.json")
-    dated = [(json.loads(file.read_text(encoding="utf-8"))["environment"]["time"], file) for file in files]
-    return max(dated)[1] if dated else None
+    """The newest record of whole steps."""
+    return newest_of(HERE / "results" / "gpu", "steps")
 
 
 def layers(record: dict[str, Any]) -> str:

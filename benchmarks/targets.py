@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from igulora.measure.roofline import PROJECTION
@@ -14,7 +15,7 @@ from .fidelity.page import FOLDER as FIDELITY
 from .fidelity.page import read as read_fidelity
 from .machine import RESULTS
 from .pages import table
-from .record import newest
+from .record import newest_of
 
 
 def figure(result: dict[str, Any], target: Target) -> dict[str, float] | None:
@@ -120,33 +121,47 @@ def traffic() -> Finding:
 
 
 def on_a_gpu() -> list[Finding]:
-    """Whole steps on the newest GPU record: eager on both batches, and as CUDA graphs where both were captured."""
-    folder = RESULTS / "gpu"
-    if not any(folder.glob("*.json")):
-        return []
-    file = newest(folder)
-    record = json.loads(file.read_text(encoding="utf-8"))
-    items = record["parts"]["steps"]["items"]
-    device, page = record["environment"]["machine"]["name"], f"results/gpu/{file.with_suffix('.md').name}"
+    """Whole steps on the newest GPU records: eager on both batches, as CUDA graphs where both were captured, and compiled."""
     found = []
     for name, title, limit in (("peft-adalora", "PEFT AdaLoRA", 0.6), ("peft-lora", "PEFT LoRA", 0.9)):
-        for part, kind in (("eager", "eager"), ("eager, long", "eager"), ("graphs", "as a CUDA graph")):
-            ratio = items.get(part, {}).get("ratios", {}).get(f"instantaneous/{name}")
-            batch = items.get(part, items["eager"]).get("batch", items["eager"].get("batch"))
-            how = kind if batch is None else f"{batch[0]}×{batch[1]} tokens, {kind}"
-            if ratio is not None:
-                text = cell(ratio, limit)
-                found.append(
-                    Finding(
-                        f"{device}: whole step over {title}, {how}", f"≤ {limit:g}", text, "missed" not in text, page
-                    )
-                )
+        for part, item, how in (
+            ("steps", "eager", "eager"),
+            ("steps", "eager, long", "eager"),
+            ("steps", "graphs", "as a CUDA graph"),
+            ("compiled", "compiled", "both compiled"),
+        ):
+            file = newest_of(RESULTS / "gpu", part)
+            record = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+            items = record.get("parts", {}).get(part, {}).get("items", {})
+            ratio = items.get(item, {}).get("ratios", {}).get(f"instantaneous/{name}")
+            if file is None or ratio is None:
+                continue
+            case = items["methods"]["case"]
+            rows, length = items[item].get("batch", (case["rows"], case["length"]))
+            what = f"{_device(record)}: whole step over {title}, {rows}×{length} tokens, {how}"
+            text = cell(ratio, limit)
+            found.append(Finding(what, f"≤ {limit:g}", text, "missed" not in text, _page(file)))
+    return found + _lorafusion()
+
+
+def _lorafusion() -> list[Finding]:
+    file = newest_of(RESULTS / "gpu", "layers")
+    if file is None:
+        return []
+    record = json.loads(file.read_text(encoding="utf-8"))
     variants = next(iter(record["parts"]["layers"]["items"].values()))["variants"]
-    if "skipped" in variants.get("LoRAFusion", {}):
-        found.append(
-            Finding(f"{device}: over LoRAFusion's layer", "≤ 1", "not measured (not installed there)", None, page)
-        )
-    return found
+    if "skipped" not in variants.get("LoRAFusion", {}):
+        return []
+    what = f"{_device(record)}: over LoRAFusion's layer"
+    return [Finding(what, "≤ 1", "not measured (not installed there)", None, _page(file))]
+
+
+def _device(record: dict[str, Any]) -> str:
+    return str(record["environment"]["machine"]["name"])
+
+
+def _page(file: Path) -> str:
+    return f"results/gpu/{file.with_suffix('.md').name}"
 
 
 def others() -> str:

@@ -314,3 +314,24 @@ def test_what_a_capture_reads_lives_as_long_as_its_replay(
     del replay
     gc.collect()
     assert state() is None
+
+
+def test_a_run_of_one_part_has_a_file_of_its_own(modules: dict[str, ModuleType]) -> None:
+    """It must not take the place of a whole run of the same day."""
+    suite = modules["gpu_suite"]
+    record = {"environment": {"date": "2026-01-01", "machine": {"name": "Some GPU"}}, "parts": {}}
+    names = [suite._save(record, suite.parse(["--tiny", *more])).name for more in ([], ["--only", "compiled"])]
+    assert names == ["2026-01-01-some-gpu.json", "2026-01-01-some-gpu-compiled.json"]
+
+
+@pytest.mark.slow
+def test_compiled_models_are_a_part_that_is_asked_for(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
+    suite, file = modules["gpu_suite"], tmp_path / "record.json"
+    command = [sys.executable, str(FOLDER / "gpu_suite.py"), "--tiny", "--only", "compiled", "--output", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (part,) = json.loads(file.read_text(encoding="utf-8"))["parts"].items()
+    assert part[0] == "compiled"
+    assert set(part[1]["items"]["methods"]["methods"]) == {"instantaneous", "peft-lora"}
+    assert "compiled" not in suite.PARTS
+    assert "needs a CUDA device" in file.with_suffix(".md").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,20 @@ def test_a_record_is_never_lost_for_what_lies_in_its_place(tmp_path: Path) -> No
     last = records.keep(make(threads=7), file)
     assert last.name == "2026-01-01-x-4.json"
     assert records.newest(tmp_path) == last
+
+
+def test_the_newest_gpu_record_is_that_of_a_part(tmp_path: Path) -> None:
+    """By the time in it: a run of one part says nothing of the others."""
+    assert records.newest_of(tmp_path, "steps") is None
+    for name, time, part in (
+        ("a", "2026-01-02", "steps"),
+        ("b", "2026-01-01", "steps"),
+        ("c", "2026-01-03", "compiled"),
+    ):
+        content = {"environment": {"time": time}, "parts": {part: {}}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    assert records.newest_of(tmp_path, "steps") == tmp_path / "a.json"
+    assert records.newest_of(tmp_path, "compiled") == tmp_path / "c.json"
 
 
 def test_each_result_carries_its_commit() -> None:
