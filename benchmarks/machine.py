@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from . import allocator
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -35,6 +37,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "bf16": sorted(flags & {"avx512_bf16", "amx_bf16", "avx512f", "avx2"}),
         "memory_gib": round(memory / 2**30, 1),
+        "allocator": allocator.state(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }

@@ -19,8 +19,9 @@ def place(record: dict[str, Any]) -> str:
     device = cpu if where["device"] == "cpu" else f"{where['device']}, {cpu}"
     commits = dict.fromkeys(result.get("commit", versions["commit"]) for result in record.get("results", [{}]))
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions)
+    allocator = f"allocator {where['allocator']}, " if "allocator" in where else ""
     return (
-        f"{record['date']}, {device}, {record['threads']} threads, Python {where['python']}, {packages}, "
+        f"{record['date']}, {device}, {record['threads']} threads, {allocator}Python {where['python']}, {packages}, "
         f"commit {', '.join(commits)}."
     )
 

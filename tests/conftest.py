@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -130,3 +131,10 @@ def trainer() -> Callable[..., tuple[nn.Module, igulora.Controller, torch.optim.
         return model, igulora.Controller(model, **options), optimizer
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _allocator_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that time steps set the process's allocator for good; here one process runs many."""
+    if importlib.util.find_spec("igulora.benchmarks") is not None:
+        monkeypatch.setattr("igulora.benchmarks.allocator.keep_freed_memory", lambda: None)

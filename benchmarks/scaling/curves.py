@@ -24,6 +24,7 @@ from igulora.kernels import allocate_triplets, importance_update, orthogonality_
 from igulora.kernels.importance import row_table
 from igulora.kernels.orthogonality import work_table
 
+from .. import allocator
 from ..cases import Case, ModelCase
 from ..machine import RESULTS
 from ..methods import METHODS as REGISTRY
@@ -185,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/scaling/<date>-<machine>.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    allocator.keep_freed_memory()
     start, lines, opened = time.perf_counter(), _Lines(), open_record()
     lines.say("scoring and allocation")
     operators = {name: measure(options.quick, 3 if options.quick else 15) for name, measure in _OPERATORS.items()}

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         ImportError: a package that every case needs is missing.
     """
     require("transformers", "bench", "the benchmark's models")
+    from ..benchmarks import allocator
     from ..benchmarks import record as records
     from ..benchmarks.cases import CASES
     from ..benchmarks.methods import DEFAULT_METHODS, METHODS, quiet_peft
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"expected --threads of at least 1, got {args.threads}")
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    if device.type == "cpu":
+        allocator.keep_freed_memory()
     opened = records.open_record(str(device))
     earlier = None if args.against is None else records.read(args.against)
     if earlier is not None:

@@ -83,9 +83,11 @@ def run(args: argparse.Namespace) -> None:
     """
     _check(args)
     methods = require("igulora.benchmarks.methods", "bench", "comparing methods").METHODS
+    from ..benchmarks import allocator
     from ..benchmarks.methods import quiet_peft
     from ..benchmarks.runner import out_of_memory
 
+    allocator.keep_freed_memory()
     names = [_known(name, methods) for name in args.method]
     console = require("rich.console", "demo", "the command line").Console(markup=False, highlight=False)
     if args.threads is not None:
