@@ -15,6 +15,8 @@ import torch
 from ..errors import check_choice
 from ..files import write_json
 from ..training.extras import require
+from ..training.settings import find_device
+from .options import add_device
 from .tables import make_table
 
 _REPOSITORY = "python -m igulora.benchmarks.render writes the tables of the documents from it"
@@ -42,7 +44,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--rounds", metavar="N", type=int, help="repetitions of every method (default: 6, with --quick 3)"
     )
     parser.add_argument("--quick", action="store_true", help="the case with the shortest batch only, three rounds")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    add_device(parser)
     parser.add_argument("--threads", metavar="N", type=int, help="of the CPU (default: one for each core)")
     parser.add_argument("--no-memory", action="store_true", help="skip the measurement of memory")
     parser.add_argument(
@@ -80,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
     rounds = args.rounds if args.rounds is not None else 3 if args.quick else 6
     if rounds < 1:
         raise ValueError(f"expected --rounds of at least 1, got {rounds}")
-    device = _device(args.device)
+    device = find_device(args.device)
+    check_choice("--device", device.type, ("cpu", "cuda"))  # the others would have to be waited for
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"expected --threads of at least 1, got {args.threads}")
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
@@ -118,18 +121,6 @@ def _cases(args: argparse.Namespace) -> list[Any]:
     check_choice("--model", args.model, MODELS)
     cases = [CASES[name] for name in args.case] or [case for case in CASES.values() if case.model == args.model]
     return [min(cases, key=lambda case: case.rows * case.length)] if args.quick else cases
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"expected --device cpu or cuda, got {name!r}") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"expected a device that torch {torch.__version__} can use here, cpu or cuda; got {name!r}")
-    return device
 
 
 class Bar:

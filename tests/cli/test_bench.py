@@ -20,7 +20,7 @@ TINY = ["bench", "--model", "tiny", "--rounds", "2", "--threads", "1", "--no-mem
         (["--methods", "floor,peft-adalra"], "Did you mean 'peft-adalora'?"),
         (["--model", "smollm"], "Did you mean 'smollm2-135m'?"),
         (["--rounds", "0"], "expected --rounds of at least 1, got 0"),
-        (["--device", "tpu"], "expected --device cpu or cuda"),
+        (["--device", "tpu"], "expected a device of this machine such as cpu or cuda, got 'tpu'"),
         (["--against", "nowhere.json"], "nowhere.json"),
     ],
 )
