@@ -244,7 +244,7 @@ def run_cases(cases: list[Case], options: Options, reporter: Reporter) -> list[d
     """All cases, each model loaded once.
 
     Raises:
-        ModuleNotFoundError: the weights of a model are not installed.
+        MissingExtra: the weights of a model are not installed.
         RuntimeError: a method's results are wrong, see ``checks.py`` and :func:`check_pruned`.
     """
     results = []

@@ -226,21 +226,17 @@ def _load(name: str, dtype: str) -> Any:
     """A causal language model: the demo's, one of the benchmark's registry, or by folder or hub name."""
     from ..benchmarks.cases import MODELS
     from ..benchmarks.models import load_model
-    from ..training.demo import load_smollm2
     from ..training.modeling import load_causal_lm
 
-    known = [DEMO, *MODELS]
-    if name == DEMO or (name in MODELS and MODELS[name].package is not None):
-        model = load_smollm2()[0]
-    elif name in MODELS:
-        model = load_model(MODELS[name])
-    else:
+    known = {DEMO: MODELS["smollm2-135m"], **MODELS}
+    if name not in known:
         try:
             return load_causal_lm(name, dtype)
         except MissingExtra:
             raise
         except ValueError as error:
             raise ValueError(f"{error}{nearest(name, known)}") from error
+    model = load_model(known[name])
     return model if dtype == "auto" else model.to(getattr(torch, dtype))
 
 
