@@ -125,8 +125,8 @@ def linears_of(model: nn.Module) -> tuple[str, ...]:
     """Names within a block of its linear layers, which is what methods adapt: heads are left as they are.
 
     Raises:
-        ValueError: a block has matrices that no linear layer holds (GPT-2's Conv1D, experts of a mixture): no method adapts them, and the
-            counters do not know their products.
+        ValueError: a block has matrices that no linear layer holds: GPT-2's Conv1D, which not every method adapts, or a mixture's experts,
+            whose products the counters do not know.
     """
     names: dict[str, None] = {}
     for block in blocks_of(model):
