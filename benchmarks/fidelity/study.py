@@ -6,12 +6,14 @@
 
 Adapters are trained for some hundred steps at full rank and then stay as they are. Over the micro-batches of a few scoring windows
 the exact integral (a composite trapezoid on 20 intervals, 21 evaluations of every sequence) is compared with what each estimator
-makes of the same micro-batches. Each finished piece is written at once; the same command goes on where it was stopped.
+makes of the same micro-batches. Each finished piece is written at once; the same command goes on where it was stopped, as long as the code
+and the libraries are the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import datetime
 import hashlib
@@ -19,13 +21,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import igulora
 from igulora.files import write_json
 from igulora.training.demo import cache_folder
 
@@ -123,25 +126,53 @@ def identity(study: Study) -> str:
     return hashlib.sha256(json.dumps([FORMAT, fields], sort_keys=True).encode()).hexdigest()[:12]
 
 
+def sources() -> list[Path]:
+    """The files whose code decides what is trained and integrated."""
+    own, library, operators = (
+        Path(__file__).parent,
+        Path(igulora.__file__).parent,
+        Path(igulora.kernels.__file__).parent,
+    )
+    mine = [own / f"{name}.py" for name in ("measure", "point", "problem", "settings")]
+    mine += [own.parent / f"{name}.py" for name in ("cases", "models")]
+    return [
+        *mine,
+        *sorted(library.glob("*.py")),
+        *sorted(library.glob("training/*.py")),
+        *sorted(operators.rglob("*.py")),
+    ]
+
+
+def code_of(files: Iterable[Path]) -> str:
+    """A short name of the code in these files, comments aside, and of the libraries it runs on."""
+    libraries = {name: version for name, version in versions().items() if name != "commit"}
+    texts = [ast.unparse(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+    return hashlib.sha256(json.dumps([libraries, texts], sort_keys=True).encode()).hexdigest()[:12]
+
+
 def open_record(study: Study, output: Path, threads: int) -> dict[str, Any]:
     """A new record, or the one in ``output`` to go on with.
 
     Raises:
-        ValueError: ``output`` holds another study, or one of another machine.
+        ValueError: ``output`` holds another study, or one of another machine or by other code.
     """
+    code = code_of(sources())
     place = {"machine": machine(), "versions": versions(), "threads": threads}
     if output.exists():
         record = json.loads(output.read_text(encoding="utf-8"))
-        if record.get("identity") != identity(study) or record["machine"]["cpu"] != place["machine"]["cpu"]:
+        found = record.get("identity"), record.get("code"), record.get("machine", {}).get("cpu")
+        wanted = identity(study), code, place["machine"]["cpu"]
+        if found != wanted:
             raise ValueError(
-                f"expected {output} to hold this study ({identity(study)} on {place['machine']['cpu']}), got "
-                f"{record.get('identity')} on {record.get('machine', {}).get('cpu')}; remove it or name another with --output"
+                f"expected {output} to hold study, code and processor {', '.join(wanted)}, got {', '.join(map(str, found))}; remove it or "
+                "name another with --output"
             )
         check_same_place(record, place)
         return record
     return {
         "format": FORMAT,
         "identity": identity(study),
+        "code": code,
         "date": datetime.date.today().isoformat(),
         **place,
         "study": dataclasses.asdict(study),
@@ -197,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    work = (options.work or cache_folder() / "fidelity") / f"{study.name}-{identity(study)}"
+    work = (options.work or cache_folder() / "fidelity") / f"{study.name}-{record['identity']}-{record['code']}"
     work.mkdir(parents=True, exist_ok=True)
     Run(study, record, output, work, options.time, partial(print, flush=True)).go()
     print(f"written: {output}  ({record['seconds_in_all']:.0f} s in all)")

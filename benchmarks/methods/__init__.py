@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .layer_libraries import LoraFusion, PeftLiger, PeftUnsloth
-from .method import Adapted, Batch, Floor, FloorTwice, Method
+from .method import Adapted, Batch, Floor, FloorTwice, Method, Sampled
 from .ours import AsAdaLora, Igulora, Instantaneous, Lean, OnPath
 from .peft_methods import PeftAdaLora, PeftDora, PeftLora, PeftLoraNarrow, quiet_peft
 from .release import Release, ReleaseFinal
@@ -63,5 +63,6 @@ __all__ = [
     "PeftUnsloth",
     "Release",
     "ReleaseFinal",
+    "Sampled",
     "quiet_peft",
 ]

@@ -37,6 +37,20 @@ class Adapted:
     weight: Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """What one micro-batch added to the path accumulators.
+
+    Attributes:
+        points: of every path row its sequence in the batch, its alpha on the path from the base to the adapted weights, and the weight of
+            its gradient. All sequences of the batch have equally many loss terms.
+        accumulated: per layer of :meth:`Method.adapted` the accumulators by its parameters' names.
+    """
+
+    points: list[tuple[int, float, float]]
+    accumulated: list[dict[str, Tensor]]
+
+
 class Method:
     """One way to train. ``step`` is what is timed; its parts are separate so that their launches can be counted apart.
 
@@ -132,6 +146,10 @@ class Method:
     def adapted(self) -> Iterator[Adapted]:
         """Every adapted layer as plain mathematics; nothing where nothing is trained."""
         return iter(())
+
+    def sample(self, batch: Batch) -> Sampled | None:
+        """Forward and backward with path rows, from the start of a scoring window; None where the method has no path rows."""
+        return None
 
     def trainable(self) -> int:
         """How many parameters are trained."""

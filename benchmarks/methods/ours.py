@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -10,9 +11,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 import igulora
+from igulora.quadrature import path_factors
 
 from ..cases import Case
-from .method import Adapted, Batch, Method
+from .method import Adapted, Batch, Method, Sampled
 
 
 def _weight(W0: Tensor, values: dict[str, Tensor], mask: Tensor, scale: float) -> Tensor:
@@ -92,6 +94,26 @@ class Igulora(Method):
             if isinstance(layer, igulora.FusedSVDLinear):
                 trained = {part: getattr(layer, f"lora_{part}") for part in "PEQ"}
                 yield Adapted(name, trained, partial(_weight, mask=layer.mask, scale=layer.scale))
+
+    def sample(self, batch: Batch) -> Sampled | None:
+        passes = self.controller.passes
+        if not passes.quadrature.samples_path:
+            return None
+        drawn = copy.deepcopy(passes.quadrature)
+        self.backward(batch)
+        size = len(batch["input_ids"])
+        rows = drawn.rows_of(size)
+        sample = drawn.sample(len(rows))
+        points = []
+        for alphas, factors in zip(sample.alphas, sample.factors, strict=True):
+            for row, alpha, factor in zip(rows, alphas, factors, strict=True):
+                forward, gradient = path_factors(alpha, self.config.path)
+                points.append((row, forward, factor * gradient / (drawn.per_window * len(rows))))
+        if sample.endpoint:
+            points += [(row, 1.0, sample.endpoint / (drawn.per_window * size)) for row in range(size)]
+        accumulators = self.controller.bank.context.accumulators
+        layers = [m for m in self.model.modules() if isinstance(m, igulora.FusedSVDLinear)]
+        return Sampled(points, [dict(zip("PEQ", accumulators[layer.slot], strict=True)) for layer in layers])
 
     def live(self) -> int | None:
         return sum(self.controller.live_ranks().values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -69,7 +70,11 @@ class SavedIgulora(Igulora):
 
 
 class SavedPeft(Method):
-    """A LoRA or AdaLoRA adapter of PEFT's, trained on; AdaLoRA in the middle of its pruning phase."""
+    """A LoRA or AdaLoRA adapter of PEFT's, trained on; AdaLoRA in the middle of its pruning phase.
+
+    Of AdaLoRA's steps every ``deltaT``-th allocates, so that there are two kinds where ``deltaT`` is more than 1. PEFT loads live
+    triplets only, but plans with those that there were: here it goes on pruning from what it loaded, to half of that at least.
+    """
 
     name = "saved"
 
@@ -80,11 +85,38 @@ class SavedPeft(Method):
         config = self.model.peft_config["default"]
         self.title = f"{folder.name} (PEFT {config.peft_type.value})"
         self.adaptive = config.peft_type == peft.PeftType.ADALORA
-        self.global_step = 0
+        self._steps: dict[str, list[int]] = {"step": [0]}
         if self.adaptive:
-            self.global_step = (config.tinit + config.total_step - config.tfinal) // 2
+            allocator = self.model.base_model.rankallocator
+            self._steps = _steps_by_kind(config, allocator)
+            loaded = sum(p.numel() for name, p in self.model.named_parameters() if ".lora_E." in name)
+            allocator.init_bgt, allocator.target_bgt = loaded, min(allocator.target_bgt, loaded // 2)
         self._optimize([p for p in self.model.parameters() if p.requires_grad])
+        self.global_step = 0
 
     def book(self) -> None:
         if self.adaptive:
             self.model.base_model.update_and_allocate(self.global_step)
+
+    def prepare(self, small: Batch) -> None:
+        self.seek(self.dearest(), small)
+        super().prepare(small)
+
+    def kinds(self) -> dict[str, float]:
+        count = sum(map(len, self._steps.values()))
+        return {kind: len(steps) / count for kind, steps in self._steps.items()}
+
+    def seek(self, kind: str, small: Batch) -> None:
+        """Sets the number of the step, which nothing but the schedule reads."""
+        super().seek(kind, small)
+        steps = self._steps[kind]
+        self.global_step = steps[len(steps) // 2]
+
+
+def _steps_by_kind(config: Any, allocator: Any) -> dict[str, list[int]]:
+    """The numbers of the steps of the pruning phase that allocate (``mask``), and of those that only score (``plain``)."""
+    kinds: dict[str, list[int]] = {}
+    for step in range(config.tinit + 1, config.total_step - config.tfinal) or [config.tinit]:
+        _, allocates = allocator.budget_schedule(step)
+        kinds.setdefault("mask" if allocates else "plain", []).append(step)
+    return kinds

@@ -1,8 +1,8 @@
 """What a training step of each method would cost on a model and a card that are not here: a projection, not a measurement.
 
 The methods are those that are timed, each on the meta device (``meta.py``): counters note launches, waits, bytes and FLOPs of a step of
-each kind, and a roofline makes a time of them (``igulora/measure/roofline.py``). The blocks of a model are alike, so that two shallow
-models say what each block adds; what does not grow evenly is worked out for the full depth.
+each kind, and a roofline makes a time of them (``igulora/measure/roofline.py``). Where the blocks of a model are alike, two shallow
+models say what each block adds, and what does not grow evenly is worked out for the full depth; else all blocks are counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from igulora.errors import check_choice
+from igulora.errors import check_choice, first_line
 from igulora.measure.costs import Cost, multi_tensor_launches
 from igulora.measure.counting import Counting, MultiTensor
 from igulora.measure.operators import Architecture
@@ -23,7 +23,7 @@ from igulora.measure.roofline import PROJECTION, Roofline
 from ..cases import Case
 from ..methods import METHODS, Method
 from .meta import MetaDevice, comparisons_of_a_sort
-from .shapes import Shape, linears_of
+from .shapes import WORKING, Shape, linears_of
 
 DEFAULTS = ("floor", "instantaneous", "default", "peft-lora", "peft-dora", "peft-adalora", "release")
 DEPTHS = (1, 2)
@@ -87,7 +87,22 @@ class Projected:
 def count_steps(
     name: str, shape: Shape, case: Case, layers: int, where: Architecture, **changes: Any
 ) -> dict[str, tuple[float, StepCount]]:
-    """One step of each kind of a method on the meta device: its share among all steps, and what it costs."""
+    """One step of each kind of a method on the meta device: its share among all steps, and what it costs.
+
+    Raises:
+        ValueError: the model's step depends on values, or see :func:`linears_of`.
+    """
+    try:
+        return _counted(name, shape, case, layers, where, **changes)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"expected a model whose step can run without values, got {shape.title}: {first_line(error)}; {WORKING}"
+        ) from error
+
+
+def _counted(
+    name: str, shape: Shape, case: Case, layers: int, where: Architecture, **changes: Any
+) -> dict[str, tuple[float, StepCount]]:
     with MetaDevice() as device:
         method = _method(name, shape, case, layers, **changes)
         small, batch = shape.batch(case.rows, 8), shape.batch(case.rows, case.length)
@@ -163,7 +178,7 @@ def extrapolated(
 def project_method(name: str, shape: Shape, case: Case, roofline: Roofline, **changes: Any) -> dict[str, Projected]:
     """Each kind of step of a method, of the whole model."""
     where, full = roofline.card.where, shape.layers
-    depths = DEPTHS if full > DEPTHS[-1] else (full,)
+    depths = DEPTHS if full > DEPTHS[-1] and shape.even else (full,)
     counts = [count_steps(name, shape, case, layers, where, **changes) for layers in depths]
     result = {}
     for kind, (share, first) in counts[0].items():

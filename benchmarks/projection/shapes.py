@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from igulora.training.extras import require
 CONFIGS = Path(__file__).resolve().parent / "configs"
 # Written by those who save a configuration; no argument of it.
 _FOREIGN = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path")
+WORKING = (
+    "dense models work: Llama, Mistral, Qwen, Gemma, Phi-3, GPT-J, GPT-NeoX, OPT, BLOOM, BERT, RoBERTa and their like"
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,26 @@ class Shape:
     config: dict[str, Any]
     parameters: int | None = None
 
+    def key(self, common: str) -> str:
+        """What the configuration calls an entry: GPT-J has n_layer where others have num_hidden_layers."""
+        return common if common in self.config else _own_names(self.config["model_type"]).get(common, common)
+
     @property
     def layers(self) -> int:
         """Repeated blocks."""
-        return int(self.config["num_hidden_layers"])
+        return int(self.config[self.key("num_hidden_layers")])
+
+    @property
+    def longest(self) -> int | None:
+        """Positions that it can tell apart, where the configuration says so."""
+        most = self.config.get(self.key("max_position_embeddings"))
+        # RoBERTa counts its positions from behind the padding token.
+        return most - 2 if most and self.config["model_type"] in ("roberta", "xlm-roberta", "camembert") else most
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all blocks are of one kind, so that two of them say what the others cost."""
+        return equal_blocks(self.build())
 
     @property
     def classifies(self) -> bool:
@@ -51,23 +71,39 @@ class Shape:
         Args:
             layers: repeated blocks, if not all.
             changes: of the configuration.
+
+        Raises:
+            ValueError: transformers can make no such model of the configuration.
         """
         transformers = require("transformers", "bench", "a projection")
         values = {k: v for k, v in self.config.items() if k not in _FOREIGN} | changes
         layers = self.layers if layers is None else layers
-        values["num_hidden_layers"] = layers
+        values[self.key("num_hidden_layers")] = layers
         if values.get("layer_types"):
             values["layer_types"] = values["layer_types"][:layers]
-        config = transformers.AutoConfig.for_model(self.config["model_type"], **values)
         kind = "AutoModelForSequenceClassification" if self.classifies else "AutoModelForCausalLM"
-        with torch.device(device):
-            model = getattr(transformers, kind).from_config(config, dtype=dtype)
+        try:
+            config = transformers.AutoConfig.for_model(self.config["model_type"], **values)
+            with torch.device(device):
+                model = getattr(transformers, kind).from_config(config, dtype=dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"expected a configuration of which transformers' {kind} can make a model, got {self.title}: {first_line(error)}"
+            ) from error
         return model.requires_grad_(False).train()
 
     def batch(self, rows: int, length: int, device: str = "meta") -> dict[str, Tensor]:
         """Sequences of tokens, labels with them; zeros where there are values at all."""
         tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
         return {"input_ids": tokens, "labels": tokens[:, 0] if self.classifies else tokens}
+
+
+def _own_names(kind: str) -> dict[str, str]:
+    """A kind of model's own names of entries, by those that most have."""
+    known = require("transformers", "bench", "a projection").CONFIG_MAPPING
+    if kind not in known:
+        raise ValueError(f"expected a model_type that transformers knows, got {kind!r}.{nearest(kind, known)}")
+    return known[kind].attribute_map
 
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
@@ -81,14 +117,53 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(
-        f"expected {type(model).__name__} to keep its {count} layers in one nn.ModuleList, found none of that length; project a decoder "
-        "or an encoder of equal layers"
+        f"expected {type(model).__name__} to keep its {count} layers in one nn.ModuleList, found none of that length; {WORKING}"
     )
 
 
 def linears_of(model: nn.Module) -> tuple[str, ...]:
-    """Names within a block of its linear layers, which is what methods adapt: heads are left as they are."""
-    return tuple(name for name, m in blocks_of(model)[0].named_modules() if isinstance(m, nn.Linear))
+    """Names within a block of its linear layers, which is what methods adapt: heads are left as they are.
+
+    Raises:
+        ValueError: a block has matrices that no linear layer holds: GPT-2's Conv1D, which not every method adapts, or a mixture's experts,
+            whose products the counters do not know.
+    """
+    names: dict[str, None] = {}
+    for block in blocks_of(model):
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                names[name] = None
+            elif any(p.ndim > 1 for p in module.parameters(recurse=False)):
+                raise ValueError(
+                    f"expected blocks of {type(model).__name__} that keep all matrices in nn.Linear layers, which methods adapt; got "
+                    f"{name or 'the block'} ({type(module).__name__}); {WORKING}"
+                )
+    return tuple(names)
+
+
+def equal_blocks(model: nn.Module) -> bool:
+    """Whether the repeated blocks have the same modules, shapes and settings; a block may know its own number."""
+    traits = [_traits(block) for block in blocks_of(model)]
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    return (
+        len(kinds) < 2
+        and all(t.keys() == traits[0].keys() for t in traits)
+        and all(_same_or_counted([t[key] for t in traits]) for key in traits[0])
+    )
+
+
+def _traits(block: nn.Module) -> dict[tuple[str, str], Any]:
+    """What tells a block from others: of each module in it the class, the plain attributes and the parameters' shapes."""
+    found: dict[tuple[str, str], Any] = {}
+    for name, module in block.named_modules():
+        plain = {k: v for k, v in vars(module).items() if v is None or isinstance(v, (bool, int, float, str))}
+        shapes = {k: p.shape for k, p in module.named_parameters(recurse=False)}
+        found |= {(name, key): value for key, value in {"": type(module), **plain, **shapes}.items()}
+    return found
+
+
+def _same_or_counted(values: list[Any]) -> bool:
+    return all(v == values[0] for v in values) or values == list(range(len(values)))
 
 
 def frozen() -> dict[str, Shape]:
@@ -150,9 +225,10 @@ def _from_hub(name: str) -> Shape:
 
 
 def _checked(name: str, config: Any) -> Shape:
-    missing = [k for k in ("model_type", "num_hidden_layers") if not isinstance(config, dict) or k not in config]
-    if missing:
+    shape = Shape(name, name, config if isinstance(config, dict) else {})
+    needed = shape.key("num_hidden_layers") if "model_type" in shape.config else "model_type"
+    if needed not in shape.config:
         raise ValueError(
-            f"expected a configuration with model_type and num_hidden_layers, got one without {' and '.join(missing)} from {name}"
+            f"expected a configuration with its model_type and its number of layers, got one without {needed} from {name}; {WORKING}"
         )
-    return Shape(name, name, config)
+    return shape

@@ -26,6 +26,7 @@ from igulora.kernels.orthogonality import work_table
 
 from .. import allocator
 from ..cases import Case, ModelCase
+from ..checks import Arithmetic
 from ..machine import RESULTS
 from ..methods import METHODS as REGISTRY
 from ..methods import quiet_peft
@@ -96,10 +97,12 @@ def steps(quick: bool, rounds: int, reporter: Any) -> list[dict[str, Any]]:
     for name, reason in missing.items():
         reporter.say(f"{name} is skipped: {reason}")
     names = tuple(name for name in METHODS if name not in missing)
+    arithmetic = Arithmetic()
     for point in points(quick):
         config = {**(_TINY if quick else _LAYER), "num_hidden_layers": point.layers}
         base = load_model(ModelCase("scaling", "a random Llama", config=tuple(config.items())))
-        result = Run(point.case, base, Options(names, rounds, memory=False, counts=False), reporter)()
+        options = Options(names, rounds, memory=False, counts=False)
+        result = Run(point.case, base, options, reporter, arithmetic)()
         trainable = result["methods"]["instantaneous"]["trainable"]
         found.append(
             {

@@ -15,6 +15,8 @@ import torch
 from ..errors import check_choice
 from ..files import write_json
 from ..training.extras import require
+from ..training.settings import find_device
+from .options import add_device
 from .tables import make_table
 
 _REPOSITORY = "python -m igulora.benchmarks.render writes the tables of the documents from it"
@@ -26,7 +28,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "bench",
         help="time whole training steps against PEFT's methods",
         description="Time whole training steps of igulora, of PEFT's methods and of the frozen model, interleaved in one process: "
-        "medians and quartiles of ratios taken round by round. Leave the machine alone meanwhile.",
+        "medians and quartiles of ratios taken round by round. Leave the machine alone meanwhile. Exit code: 0; with --against 1 where a "
+        "ratio of both records does not agree within its spread; 2 for an error.",
     )
     parser.add_argument("--list", action="store_true", help="show cases and methods, and which can run here")
     parser.add_argument(
@@ -42,7 +45,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--rounds", metavar="N", type=int, help="repetitions of every method (default: 6, with --quick 3)"
     )
     parser.add_argument("--quick", action="store_true", help="the case with the shortest batch only, three rounds")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda (default: cuda where there is one)")
+    add_device(parser)
     parser.add_argument("--threads", metavar="N", type=int, help="of the CPU (default: one for each core)")
     parser.add_argument("--no-memory", action="store_true", help="skip the measurement of memory")
     parser.add_argument(
@@ -50,16 +53,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--record", action="store_true", help="keep the record in benchmarks/results of this checkout")
     parser.add_argument(
-        "--against", metavar="FILE", type=Path, help="an earlier record: do both agree within their spread?"
+        "--against",
+        metavar="FILE",
+        type=Path,
+        help="an earlier record: do both agree within their spread? Exit code 1 where they do not",
     )
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run ``igulora bench``.
+def run(args: argparse.Namespace) -> int:
+    """Run ``igulora bench``; returns the exit code: 1 where an earlier record does not agree, else 0.
 
     Raises:
-        ValueError: a name is unknown, a number out of range, or the earlier record is of another machine.
+        ValueError: a name is unknown, a number out of range, or the earlier record is of another machine or of nothing that was measured.
         ImportError: a package that every case needs is missing.
     """
     require("transformers", "bench", "the benchmark's models")
@@ -73,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     console = require("rich.console", "bench", "the command line").Console(stderr=args.json == "-")
     if args.list:
         _list(console, CASES, METHODS)
-        return
+        return 0
     cases = _cases(args)
     names = tuple(args.methods.split(",")) if args.methods else DEFAULT_METHODS
     for name in names:
@@ -81,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     rounds = args.rounds if args.rounds is not None else 3 if args.quick else 6
     if rounds < 1:
         raise ValueError(f"expected --rounds of at least 1, got {rounds}")
-    device = _device(args.device)
+    device = find_device(args.device)
+    check_choice("--device", device.type, ("cpu", "cuda"))  # the others would have to be waited for
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"expected --threads of at least 1, got {args.threads}")
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
@@ -109,8 +116,15 @@ def run(args: argparse.Namespace) -> None:
     if args.record:
         file = records.keep(record, records.standard_file(record))
         console.print(f"Kept in {file}; {_REPOSITORY}", highlight=False, soft_wrap=True)
-    if earlier is not None:
-        _compare(console, records.agreement(earlier, record))
+    if earlier is None:
+        return 0
+    rows = records.agreement(earlier, record)
+    if not rows:
+        raise ValueError(
+            f"expected cases and methods that {args.against} holds too, got no ratio in common; name them with --case and --methods"
+        )
+    _compare(console, rows)
+    return 0 if all(row["agrees"] for row in rows) else 1
 
 
 def _cases(args: argparse.Namespace) -> list[Any]:
@@ -121,18 +135,6 @@ def _cases(args: argparse.Namespace) -> list[Any]:
     check_choice("--model", args.model, MODELS)
     cases = [CASES[name] for name in args.case] or [case for case in CASES.values() if case.model == args.model]
     return [min(cases, key=lambda case: case.rows * case.length)] if args.quick else cases
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"expected --device cpu or cuda, got {name!r}") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"expected a device that torch {torch.__version__} can use here, cpu or cuda; got {name!r}")
-    return device
 
 
 class Bar:
@@ -215,9 +217,6 @@ def _show(console: Any, record: dict[str, Any]) -> None:
 
 
 def _compare(console: Any, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        console.print("No ratio of this run is in the earlier record.", highlight=False)
-        return
     table = make_table("Against the earlier record", "case", "ratio", "before", "now", "within the spread")
     for row in rows:
         before, now = (f"{x['median']:.3f} [{x['q1']:.3f}–{x['q3']:.3f}]" for x in (row["before"], row["now"]))

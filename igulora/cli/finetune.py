@@ -15,7 +15,7 @@ from ..training.data import DataSource
 from ..training.extras import require
 from ..training.run import DEMO, DataOptions, finetune
 from ..training.settings import DTYPES, SCHEDULES, TASKS, RunSettings
-from .options import add_fields, given
+from .options import DEVICE_HELP, add_fields, given
 
 # The demo: about four minutes on two cores. A window of four micro-batches makes the scores ready after twelve steps.
 DEMO_OUTPUT = "igulora-demo"
@@ -89,7 +89,7 @@ _RUN_HELP = {
     "patience": "evaluations without improvement after pruning that end the run; 0 never does",
     "keep_checkpoints": "checkpoints to keep",
     "threads": "CPU threads of torch",
-    "device": "cpu, cuda, ...; auto takes a GPU when there is one",
+    "device": DEVICE_HELP,
     "trace": "modules (name endings) whose score series is drawn, or none (default: first, middle and last)",
 }
 

@@ -34,10 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Run the command; returns its exit status: 0 or what the command says, 2 for an error of the user's, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt as stop:
         _complain(str(stop) or "stopped")
         return 130
@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(f"error: {error}")
         return 2
-    return 0
 
 
 def _ours(error: BaseException) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 from ..errors import check_choice
 
+DEVICE_HELP = "cpu, cuda, ...; auto takes a GPU where there is one"
+
 
 def add_fields(
     group: Any,
@@ -48,6 +50,11 @@ def add_fields(
         else:
             kind = next(kind for kind in (float, int, str) if kind in kinds)
             group.add_argument(flag, type=kind, metavar={float: "X", int: "N", str: "TEXT"}[kind], **options)
+
+
+def add_device(parser: Any) -> None:
+    """Add ``--device``, whose value is for :func:`igulora.training.settings.find_device`."""
+    parser.add_argument("--device", metavar="NAME", default="auto", help=f"{DEVICE_HELP} (default: auto)")
 
 
 def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from ..measure.parts import PARTS
 from ..measure.plots import ENDINGS, plot_profiles
 from ..measure.profiling import PartCost, StepProfile, profile_step
 from ..training.extras import MissingExtra, require
-from ..training.settings import DTYPES
+from ..training.settings import DTYPES, find_device
+from .options import add_device
 from .tables import make_table
 
 FORMAT = 1
@@ -62,7 +63,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     ):
         parser.add_argument(flag, metavar="N", type=int, default=value, help=f"{text} (default: {value})")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base model (default: as it is stored)")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU when there is one)")
+    add_device(parser)
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads of torch")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="stacked bars into this png, pdf or svg file")
     parser.add_argument(
@@ -166,7 +167,7 @@ def _makers(
             f"expected --base, the base model of the adapter in {folder}, got none, and the folder names none"
         )
     case = Case("profile", base_name, args.rows, args.length, args.rank, max(args.rank // 2, 1))
-    base = _load(base_name, args.dtype).requires_grad_(False).train().to(_device(args.device))
+    base = _load(base_name, args.dtype).requires_grad_(False).train().to(find_device(args.device))
     if saved and not names:
         yield lambda: open_adapter(folder, base, case)
         return
@@ -227,33 +228,18 @@ def _load(name: str, dtype: str) -> Any:
     """A causal language model: the demo's, one of the benchmark's registry, or by folder or hub name."""
     from ..benchmarks.cases import MODELS
     from ..benchmarks.models import load_model
-    from ..training.demo import load_smollm2
     from ..training.modeling import load_causal_lm
 
-    known = [DEMO, *MODELS]
-    if name == DEMO or (name in MODELS and MODELS[name].package is not None):
-        model = load_smollm2()[0]
-    elif name in MODELS:
-        model = load_model(MODELS[name])
-    else:
+    known = {DEMO: MODELS["smollm2-135m"], **MODELS}
+    if name not in known:
         try:
             return load_causal_lm(name, dtype)
         except MissingExtra:
             raise
         except ValueError as error:
             raise ValueError(f"{error}{nearest(name, known)}") from error
+    model = load_model(known[name])
     return model if dtype == "auto" else model.to(getattr(torch, dtype))
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"expected a device of this machine such as cpu or cuda, got {name!r} ({first_line(error)})"
-        ) from error
 
 
 # -- what is shown ------------------------------------------------------------------------------------------------------
@@ -313,7 +299,7 @@ def _write_json(args: argparse.Namespace, profiles: list[StepProfile]) -> None:
 
     options = ("model", "base", "rows", "length", "rank", "dtype", "warmup")
     record = {
-        **open_record(str(_device(args.device))),
+        **open_record(str(find_device(args.device))),
         "format": FORMAT,
         "kind": "profile",
         "options": {name: getattr(args, name) for name in options},

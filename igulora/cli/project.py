@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a built-in configuration (llama-3-8b, ...), a config.json or its folder, or owner/name",
+        help="a built-in configuration (llama-3-8b, ...), a config.json or its folder, or owner/name; dense, with nn.Linear layers",
     )
     short = [*SHORT, *(name for name in CARDS if name not in SHORT.values())]
     parser.add_argument("--card", default="H100", help=f"{', '.join(short)} (default: H100)")
@@ -115,11 +115,8 @@ def _roofline(args: argparse.Namespace) -> Roofline:
 
 
 def _check_length(shape: Any, length: int) -> None:
-    most = shape.config.get("max_position_embeddings")
-    # RoBERTa counts its positions from behind the padding token.
-    most = most - 2 if most and shape.config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else most
-    if most and length > most:
-        raise ValueError(f"expected --length of at most {most} for {shape.title}, got {length}")
+    if shape.longest and length > shape.longest:
+        raise ValueError(f"expected --length of at most {shape.longest} for {shape.title}, got {length}")
 
 
 def _print(console: Any, made: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from .output import RUN_FILE, check_output, check_same_run, clear_output
 from .plots import plot_budget, plot_ranks, plot_series
 from .progress import MetricsFile, read_metrics
 from .report import Report, peak_memory, trainable_parameters
-from .settings import RESUMABLE, RunSettings
+from .settings import RESUMABLE, RunSettings, find_device
 from .tasks import Classification, Regression, Task
 
 DEMO = "demo"
@@ -90,7 +90,7 @@ def finetune(
     """
     started = time.perf_counter()
     check_output(output, resume, overwrite)
-    device = _device(settings.device)
+    device = find_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     train, evaluation = read_data(model_name, data, settings)
@@ -254,18 +254,6 @@ def draw(trainer: Trainer, ranks: dict[str, int], config: IGUConfig, output: Pat
     if any(controller.series.values()):
         pictures.append(plot_series(controller.series, output / "series.png"))
     return tuple(pictures)
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-            return torch.device(name)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise ValueError(
-                f"expected a device of this machine such as cpu or cuda, got {name!r} ({error})"
-            ) from error
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _metrics_line(metrics: dict[str, float]) -> str:

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import check_choice
+import torch
+
+from ..errors import check_choice, first_line
 
 TASKS = ("causal-lm", "classification", "regression")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -88,6 +90,23 @@ class RunSettings:
 
 # Options that may differ between a run and its resumption without changing what is learned.
 RESUMABLE = frozenset({"save_every", "log_every", "keep_checkpoints", "threads", "eval_batch_size"})
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; of "auto" a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).tolist()  # the meta device would make a tensor, too
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"expected a device of this machine such as cpu or cuda, got {name!r} ({first_line(error)})"
+        ) from error
 
 
 def schedule_factor(step: int, total: int, warmup: float, schedule: str) -> float:

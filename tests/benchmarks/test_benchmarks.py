@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from igulora.benchmarks import cases, render, targets
+from igulora.benchmarks import cases, models, render, targets
 from igulora.benchmarks import record as records
 from igulora.benchmarks.machine import RESULTS
 from igulora.benchmarks.memory import peak_memory
@@ -21,6 +22,19 @@ from igulora.measure.counting import Counting
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 METHODS = ("floor", "instantaneous", "default", "peft-lora", "peft-adalora")
+
+
+def test_the_demo_s_model_is_loaded_by_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = models.load_model(dataclasses.replace(cases.MODELS["tiny"], dtype="float32")).bfloat16().eval()
+    loaded.model.rotary_emb.inv_freq = frequencies = loaded.model.rotary_emb.inv_freq.float()
+    monkeypatch.setattr(models, "load_smollm2", lambda: (loaded.requires_grad_(True), None))
+    model = models.load_model(cases.MODELS["smollm2-135m"])
+    assert model is loaded
+    assert model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.model.rotary_emb.inv_freq is frequencies
+    wide = models.load_model(dataclasses.replace(cases.MODELS["smollm2-135m"], dtype="float32"))
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
 
 @pytest.fixture(scope="module")

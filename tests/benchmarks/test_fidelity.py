@@ -358,6 +358,45 @@ def test_another_study_is_not_mixed_in(ran: Path, capsys: pytest.CaptureFixture[
     assert (ran / "2026-01-01-tiny.json").read_bytes() == before
 
 
+def test_points_of_other_code_are_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned: list[str] = []
+
+    def go(run: fidelity.Run) -> None:
+        planned[:] = [name for name, _, _ in run.plan()]
+        run.record["training"] = run.point.train(run.say)
+        output.write_text(json.dumps(run.record), encoding="utf-8")
+
+    monkeypatch.setattr(fidelity.Run, "go", go)
+    output = tmp_path / "2026-01-01-tiny.json"
+    for trained in (False, True):
+        assert _run(tmp_path) == 0
+        assert ("training the adapters" in planned) is not trained
+    changed = tmp_path / "changed.py"
+    changed.write_text("x = 1", encoding="utf-8")
+    monkeypatch.setattr(fidelity, "sources", lambda: [changed])
+    assert _run(tmp_path) == 2
+    assert f"expected {output} to hold study" in capsys.readouterr().err
+    output.unlink()
+    assert _run(tmp_path) == 0
+    assert "training the adapters" in planned
+    assert len(list((tmp_path / "work").iterdir())) == 2
+
+
+def test_code_is_told_from_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.py"
+    found = []
+    for text in ("x = 1", "x = 1  # one", "x = 2"):
+        file.write_text(text, encoding="utf-8")
+        found.append(fidelity.code_of([file]))
+    assert found[0] == found[1] != found[2]
+    monkeypatch.setattr(fidelity, "versions", lambda: {"torch": "1.0", "commit": "abc"})
+    assert fidelity.code_of([file]) != found[2]
+    names = {f"{file.parent.name}/{file.name}" for file in fidelity.sources()}
+    assert {"kernels/svd_linear.py", "igulora/path_pass.py", "training/data.py", "fidelity/problem.py"} <= names
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--steps", "0"], "--steps >= 1"), (["--quick"], "--output"), (["--model", "gpt"], "smollm2")],

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from igulora.benchmarks.cases import CASES, MODELS
-from igulora.benchmarks.checks import check_gradients, check_start
-from igulora.benchmarks.methods import METHODS, Adapted, Floor, LoraFusion, Method, PeftDora, PeftLora
+from igulora.benchmarks.checks import Arithmetic, check_gradients, check_path, check_start
+from igulora.benchmarks.methods import METHODS, Adapted, Floor, Igulora, LoraFusion, Method, PeftDora, PeftLora
 from igulora.benchmarks.models import load_model, make_batch, small_batch
 
 pytest.importorskip("peft")
@@ -121,6 +121,71 @@ def test_a_wrong_gradient_is_found(kind: type[Method], message: str, monkeypatch
     monkeypatch.setitem(METHODS, kind.name, kind)
     with pytest.raises(RuntimeError, match=message):
         check_gradients(kind.name)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.0625)])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in CUDA_ONLY])
+def test_path_samples_are_those_of_plain_mathematics(name: str, dtype: torch.dtype, bound: float) -> None:
+    worst = check_path(name, dtype=dtype)
+    assert 0 < worst < bound if name in ("default", "lean") else worst is None
+
+
+@pytest.mark.parametrize("path_pass", ["mixed", "separate"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"estimator": "stratified", "ig_fraction": 1.0},
+        {"estimator": "trapezoid", "include_f0": True},
+        {"estimator": "gauss", "path": "factors"},
+    ],
+    ids=lambda options: options["estimator"],
+)
+def test_path_samples_of_other_estimators(
+    options: dict[str, object], path_pass: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type("Other", (Igulora,), {"name": "other", "options": {"path_pass": path_pass, **options}})
+    monkeypatch.setitem(METHODS, "other", kind)
+    worst = check_path("other")
+    assert worst is not None
+    assert 0 < worst < 1e-5
+
+
+class _Misweighed(Igulora):
+    """A method whose path rows count a little too much."""
+
+    name = "misweighed"
+
+    def backward(self, batch: Any) -> torch.Tensor:
+        loss = super().backward(batch)
+        self.controller.bank.path.mul_(1.001)
+        return loss
+
+
+def test_a_wrong_path_sample_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "misweighed", _Misweighed)
+    check_gradients("misweighed")
+    with pytest.raises(
+        RuntimeError, match=r"expected the path accumulator of .*q_proj\.P by misweighed within .* got 1\.0e-03"
+    ):
+        check_path("misweighed")
+
+
+def test_a_check_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: Counter[str] = Counter()
+
+    class Counted(Igulora):
+        name = "counted"
+
+        def __init__(self, model: nn.Module, case: Any) -> None:
+            made[case.name] += 1
+            super().__init__(model, case)
+
+    monkeypatch.setitem(METHODS, "counted", Counted)
+    arithmetic = Arithmetic()
+    for dtypes in ({torch.float32}, {torch.float32, torch.bfloat16}, {torch.bfloat16}):
+        found = arithmetic.errors("counted", dtypes)
+        assert set(found["gradient_error"]) == set(found["path_error"]) == {str(d).partition(".")[2] for d in dtypes}
+    assert made.total() == 4
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in CUDA_ONLY])

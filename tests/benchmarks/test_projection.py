@@ -68,19 +68,43 @@ ENCODER = Shape(
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_shallow_models_say_what_a_deep_one_costs(name: str) -> None:
-    """To the byte: every count of the projection is that of the model in its full depth."""
+def check_projected_is_counted_in_full_depth(name: str, shape: Shape) -> None:
+    """To the byte."""
     roofline = Roofline()
-    where = roofline.card.where
-    projected = project_method(name, TINY, CASE, roofline)
-    deep = count_steps(name, TINY, CASE, TINY.layers, where)
+    projected = project_method(name, shape, CASE, roofline)
+    deep = count_steps(name, shape, CASE, shape.layers, roofline.card.where)
     assert projected.keys() == deep.keys()
     for kind, (share, count) in deep.items():
         assert projected[kind].cost == count.cost
         assert projected[kind].syncs == dict(count.syncs)
         assert projected[kind].share == share
         assert projected[kind].device_s == pytest.approx(count.device_seconds(roofline), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_shallow_models_say_what_a_deep_one_costs(name: str) -> None:
+    assert TINY.even
+    check_projected_is_counted_in_full_depth(name, TINY)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        {"model_type": "smollm3", "no_rope_layer_interval": 2},
+        {
+            "model_type": "gemma3_text",
+            "sliding_window": 8,
+            "head_dim": 16,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_where_layers_differ_all_of_them_are_counted(config: dict[str, object]) -> None:
+    shape = Shape("uneven", "uneven", {**TINY.config, **config})
+    assert not shape.even
+    check_projected_is_counted_in_full_depth("instantaneous", shape)
 
 
 def test_launches_of_a_fused_optimizer_do_not_grow_evenly_and_are_exact_all_the_same() -> None:
@@ -219,6 +243,83 @@ def test_shapes_by_name(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(ValueError, match="without num_hidden_layers"):
         find_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", sorted(frozen()))
+def test_layers_of_frozen_configurations_are_alike(name: str) -> None:
+    assert frozen()[name].even
+
+
+def test_a_configuration_may_have_names_of_its_own(tmp_path) -> None:
+    """GPT-J's is GPT-2's naming with linear layers."""
+    config = {
+        "model_type": "gptj",
+        "n_embd": 64,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": 48,
+        "rotary_dim": 8,
+        "vocab_size": 256,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shape = find_shape(str(tmp_path))
+    assert (shape.layers, shape.longest, shape.even) == (4, 48, True)
+    check_projected_is_counted_in_full_depth("instantaneous", shape)
+    assert len(linears_of(shape.build())) == 6
+    (tmp_path / "config.json").write_text('{"model_type": "gptj"}', encoding="utf-8")
+    with pytest.raises(ValueError, match="without n_layer from"):
+        find_shape(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gptjj", "n_layer": 4}', encoding="utf-8")
+    with pytest.raises(ValueError, match="Did you mean 'gptj'"):
+        find_shape(str(tmp_path))
+
+
+MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4},
+            r"attn.c_attn \(Conv1D\); dense models work: Llama",
+        ),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, **MIXTURE},
+            "MixtralForCausalLM that keep all matrices in nn.Linear",
+        ),
+        (
+            {"model_type": "qwen3_moe", "num_experts": 4, "mlp_only_layers": [0, 1], **MIXTURE},
+            r"mlp.experts \(Qwen3MoeExperts\)",
+        ),
+        (
+            {
+                "model_type": "deepseek_v3",
+                "first_k_dense_replace": 3,
+                "n_routed_experts": 8,
+                "n_group": 2,
+                "topk_group": 1,
+                **MIXTURE,
+            },
+            r"mlp.experts \(DeepseekV3Experts\)",
+        ),
+        ({"model_type": "t5", "num_layers": 4}, "AutoModelForCausalLM can make a model, got other: Unrecognized"),
+        (
+            {
+                "model_type": "deberta-v2",
+                "architectures": ["DebertaV2ForSequenceClassification"],
+                "relative_attention": True,
+            },
+            "whose step can run without values, got other",
+        ),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_models_that_would_be_misread_are_refused(config: dict[str, object], message: str) -> None:
+    """The layers that differ come after the two that a projection looks at."""
+    common = {k: v for k, v in TINY.config.items() if k not in ("architectures", "model_type", "num_key_value_heads")}
+    with pytest.raises(ValueError, match=message):
+        project_method("floor", Shape("other", "other", {**common, **config}), CASE, Roofline())
 
 
 def test_unknown_methods_are_refused() -> None:

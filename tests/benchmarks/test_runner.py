@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from igulora.benchmarks import methods as plugins
 from igulora.benchmarks import runner
 from igulora.benchmarks.cases import CASES, MODELS
-from igulora.benchmarks.methods import Floor, Instantaneous
+from igulora.benchmarks.methods import Floor, Igulora, Instantaneous
 from igulora.benchmarks.models import load_model
 
 CASE = CASES["tiny-4x16"]
@@ -164,6 +165,50 @@ def test_a_method_that_changes_the_outputs_is_not_timed(plug) -> None:
     plug(Wrong)
     with pytest.raises(RuntimeError, match="leave the outputs of the base model"):
         run(("wrong",))
+
+
+def test_a_method_whose_path_samples_are_wrong_is_not_timed(plug) -> None:
+    class Wrong(Igulora):
+        name = "wrong"
+
+        def backward(self, batch):
+            loss = super().backward(batch)
+            self.controller.bank.path.mul_(1.1)
+            return loss
+
+    plug(Wrong)
+    with pytest.raises(RuntimeError, match="expected the path accumulator of .* by wrong"):
+        run(("wrong",))
+
+
+def test_cases_of_a_run_share_what_was_checked(plug, monkeypatch) -> None:
+    """What cannot be checked for lack of memory is tried anew, and reported, with every case."""
+    built = []
+
+    class Counted(Floor):
+        name, title = "counted", "counted"
+
+        def __init__(self, model, case):
+            super().__init__(model, case)
+            built.append(case.name)
+
+    class Greedy(Floor):
+        name, title = "greedy", "greedy"
+
+        def adapted(self):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plug(Counted, Greedy)
+    cases = [CASE, dataclasses.replace(CASE, name="other", length=8)]
+    reporter = Silent()
+    options = runner.Options(("counted", "greedy"), rounds=1, memory=False, counts=False)
+    results = runner.run_cases(cases, options, reporter)
+    assert [name for name in built if name not in (CASE.name, "other")] == ["gradients"] * 4
+    assert [line.partition(":")[0].strip() for line in reporter.lines] == [CASE.name, "other"]
+    for result in results:
+        assert "out of memory" in result["methods"]["greedy"]["error"]
+        assert result["methods"]["counted"]["gradient_error"] == {"bfloat16": None, "float32": None}
+        assert len(result["seconds"]["counted"]) == 1
 
 
 def test_a_method_that_never_prunes_is_not_believed(plug) -> None:

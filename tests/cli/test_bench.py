@@ -20,7 +20,7 @@ TINY = ["bench", "--model", "tiny", "--rounds", "2", "--threads", "1", "--no-mem
         (["--methods", "floor,peft-adalra"], "Did you mean 'peft-adalora'?"),
         (["--model", "smollm"], "Did you mean 'smollm2-135m'?"),
         (["--rounds", "0"], "expected --rounds of at least 1, got 0"),
-        (["--device", "tpu"], "expected --device cpu or cuda"),
+        (["--device", "tpu"], "expected a device of this machine such as cpu or cuda, got 'tpu'"),
         (["--against", "nowhere.json"], "nowhere.json"),
     ],
 )
@@ -57,9 +57,17 @@ def test_a_second_run_is_compared_with_the_first(capsys: pytest.CaptureFixture[s
     file = tmp_path / "first.json"
     command = [*TINY, "--methods", "floor,instantaneous"]
     assert main([*command, "--json", str(file)]) == 0
-    assert main([*command, "--against", str(file)]) == 0
-    assert "of 1 ratios agree within their spread" in capsys.readouterr().out
     record = json.loads(file.read_text(encoding="utf-8"))
+    for q1, code in (
+        (0.0, 0),
+        (8e9, 1),
+    ):  # whatever is measured now, it lies within the first spread and below the second
+        record["results"][0]["ratios"]["instantaneous/floor"] = {"median": 8.5e9, "q1": q1, "q3": 9e9}
+        file.write_text(json.dumps(record), encoding="utf-8")
+        assert main([*command, "--against", str(file)]) == code
+        assert f"{1 - code} of 1 ratios agree within their spread" in capsys.readouterr().out
+    assert main([*TINY, "--methods", "floor", "--against", str(file)]) == 2
+    assert "got no ratio in common" in capsys.readouterr().err
     record["machine"]["cpu"] = "another"
     file.write_text(json.dumps(record), encoding="utf-8")
     assert main([*command, "--against", str(file)]) == 2

@@ -120,6 +120,7 @@ def test_a_full_output_folder_needs_overwrite(finetune, tmp_path, capsys):
         (["--eval-fraction", "2"], r"expected the held-out fraction in (0, 1), got 2.0"),
         (["--limit-train", "0"], "expected --limit-train of at least 1, got 0"),
         (["--lr", "0"], "expected lr > 0"),
+        (["--device", "meta"], "expected a device of this machine such as cpu or cuda, got 'meta'"),
     ],
 )
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(finetune, tmp_path, capsys, args, message):

@@ -3,12 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
 
 from igulora import IGUConfig
 from igulora.cli import finetune as command
-from igulora.cli.main import build_parser
+from igulora.cli.main import build_parser, main
 from igulora.config import CHOICES
-from igulora.training.settings import RunSettings
+from igulora.training.settings import RunSettings, find_device
 
 
 def parse(*args):
@@ -103,3 +104,16 @@ def test_misspelt_options_name_the_nearest(args, message, capsys):
     import re
 
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+@pytest.mark.parametrize("command", [["bench"], ["profile", "--model", "tiny"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("device", ["nowhere", "meta"])
+def test_a_device_is_read_in_one_way(command, device, capsys):
+    assert build_parser().parse_args(command).device == RunSettings().device == "auto"
+    assert main([*command, "--device", device]) == 2
+    assert f"expected a device of this machine such as cpu or cuda, got {device!r} (" in capsys.readouterr().err
+
+
+def test_devices():
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -133,6 +133,55 @@ def test_an_adapter_of_ours(tmp_path, llama_folder, capsys, method) -> None:
     assert any(profile["parts"][SCORES]["launches"] for profile in found.values()) == (method == "igu")
 
 
+@pytest.fixture
+def adalora(tmp_path, llama_folder):
+    """Folder of an AdaLoRA adapter of PEFT's after so many steps."""
+    peft = pytest.importorskip("peft")
+
+    def make(steps: int, **options: int):
+        options = {"init_r": 8, "target_r": 2, "total_step": 60, "tinit": 3, "tfinal": 40, **options}
+        config = peft.AdaLoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options)
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama_folder), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        tokens = torch.arange(16).view(2, 8)
+        for step in range(1, steps + 1):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+        model.save_pretrained(tmp_path / "theirs")
+        return tmp_path / "theirs"
+
+    return make
+
+
+@pytest.mark.parametrize("interval", [2, 7, 30])
+def test_of_adalora_steps_only_every_so_manieth_allocates(tmp_path, adalora, interval) -> None:
+    """Scored in steps 4 to 19."""
+    folder = adalora(0, deltaT=interval)
+    assert main(["profile", "--model", str(folder), *SMALL, f"--json={tmp_path}/p.json"]) == 0
+    found = {
+        title.partition(", ")[2]: profile["parts"][ALLOCATION]["syncs"]
+        for title, profile in figures(tmp_path / "p.json").items()
+    }
+    if interval == 30:
+        assert found == {"": 0}
+        return
+    share = len([step for step in range(4, 20) if step % interval == 0]) / 16
+    plain, mask = f"plain ({1 - share:.0%} of steps)", f"mask ({share:.0%} of steps)"
+    assert set(found) == {plain, mask}
+    assert found[plain] == 0 < found[mask]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:The following rank_pattern keys")
+def test_an_adalora_adapter_that_was_pruned(tmp_path, adalora) -> None:
+    """PEFT loads a quarter of the triplets, warns of matrices that are left without any, and still plans with all."""
+    command_line = ["profile", "--model", str(adalora(25)), *SMALL, f"--json={tmp_path}/p.json"]
+    assert main(command_line) == 0
+    ((_, profile),) = figures(tmp_path / "p.json").items()
+    assert profile["parts"][ALLOCATION]["syncs"] > 0
+
+
 @pytest.mark.parametrize("kind", ["LoraConfig", "AdaLoraConfig"])
 def test_an_adapter_of_pefts(tmp_path, llama_folder, kind) -> None:
     peft = pytest.importorskip("peft")

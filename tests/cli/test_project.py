@@ -74,6 +74,16 @@ def test_a_host_that_is_slow_and_a_card_of_ones_own(model, tmp_path) -> None:
     assert step("--card", "4090")["device_s"] > plain["device_s"]
 
 
+def test_a_model_that_no_method_adapts_is_refused_in_one_line(tmp_path, capsys) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "gpt2", "n_layer": 3, "n_embd": 64, "n_head": 4}', encoding="utf-8"
+    )
+    assert main(["project", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "expected blocks of GPT2LMHeadModel that keep all matrices in nn.Linear" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
