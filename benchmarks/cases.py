@@ -92,6 +92,7 @@ CASES = {
     )
 }
 
+MEMORY = 0.50  # of PEFT AdaLoRA's
 TARGETS = (
     Target("step without path rows, over the floor", "ratio:instantaneous/floor", 1.18),
     Target("the same, over PEFT LoRA's step", "ratio:instantaneous/peft-lora", 0.90),
@@ -100,9 +101,9 @@ TARGETS = (
     Target("step with the default estimator, mean of a scoring window, over the floor", "ratio:default/floor", 1.24),
     Target("the same, over a step without path rows", "ratio:default/without-path", 1.05),
     Target("the same, over the released IGU-LoRA's step", "ratio:default/release", None),
-    Target("peak memory beyond the frozen model, over PEFT AdaLoRA's", "memory:instantaneous/peft-adalora", 0.50),
-    Target("the same, of a step with path rows", "memory:default/peft-adalora", 0.50),
-    Target("the same, path passes of their own and inputs recomputed", "memory:lean/peft-adalora", 0.50),
+    Target("peak memory beyond the frozen model, over PEFT AdaLoRA's", "memory:instantaneous/peft-adalora", MEMORY),
+    Target("the same, of a step with path rows", "memory:default/peft-adalora", MEMORY),
+    Target("the same, path passes of their own and inputs recomputed", "memory:lean/peft-adalora", MEMORY),
     Target("the same, of the floor", "memory:floor/peft-adalora", None),
     Target("launches per step for orthogonality, scores and allocation", "count:launches", 10),
     Target("host syncs per step", "count:syncs", 0),

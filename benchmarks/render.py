@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from igulora.measure.parts import ADAPTER
+
 from . import targets
 from .machine import RESULTS
 from .pages import place, replace, table
@@ -126,8 +128,31 @@ def profiles(folder: Path) -> str:
         picture = (
             f"![parts](results/profile/{file.with_suffix('.png').name})\n" if file.with_suffix(".png").exists() else ""
         )
-        out.append(f"{head}\n{table(['step', *names, 'sum', 'undisturbed'], rows)}\n{picture}")
+        out.append(
+            f"{head}\n{table(['step', *names, 'sum', 'undisturbed'], rows)}\n{_adapter_operators(found)}\n{picture}"
+        )
     return "\n".join(out)
+
+
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
+
+
+def _adapter_operators(found: list[dict[str, Any]]) -> str:
+    """What adapter products are spent on: matrix products, other operators, and what runs between operators."""
+    rows = []
+    for profile in found:
+        spent = dict.fromkeys(("products", "operators", "between"), 0.0)
+        for operator in profile["operators"][ADAPTER]:
+            aten = operator["name"].startswith("aten::")
+            kind = "products" if operator["name"] in _PRODUCTS else "operators" if aten else "between"
+            spent[kind] += operator["seconds"]
+        if any(spent.values()):
+            rows.append([profile["title"], *map(_ms, spent.values())])
+    note = (
+        "Of the adapter products: matrix products of rank r, all other operators (casts, copies, scalings), and what runs between "
+        "operators (Python, autograd), which the profiler makes longer.\n"
+    )
+    return f"{note}\n{table(['step', 'matrix products', 'other operators', 'between operators'], rows)}" if rows else ""
 
 
 def _ms(seconds: float) -> str:

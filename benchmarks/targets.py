@@ -9,13 +9,13 @@ from typing import Any
 
 from igulora.measure.roofline import PROJECTION
 
-from .cases import TARGETS, Target
+from .cases import MEMORY, TARGETS, Target
 from .fidelity.choice import ALLOWED, DEFAULT_MEASURE, WANTED, choose
 from .fidelity.page import FOLDER as FIDELITY
 from .fidelity.page import read as read_fidelity
 from .machine import RESULTS
 from .pages import table
-from .record import newest_of
+from .record import newest, newest_of, read
 
 
 def figure(result: dict[str, Any], target: Target) -> dict[str, float] | None:
@@ -120,6 +120,29 @@ def traffic() -> Finding:
     )
 
 
+def scaling() -> list[Finding]:
+    """How the cost of scoring and allocation grows."""
+    from .scaling import page as curves  # draws, too
+
+    if not any(curves.FOLDER.glob("*.json")):
+        return []
+    record = read(newest(curves.FOLDER))
+    last, grown = record["allocation"][-1], curves.growth(record["allocation"])
+    flat = max(curves.spread(record["scoring"], key) for key in ("scores_s", "orthogonality_s"))
+    return [
+        Finding(what, f"≤ {limit:g}", f"{value:.2f}", value <= limit, "results/scaling/README.md")
+        for what, limit, value in (
+            (
+                f"allocation of {last['triplets']:,} triplets on the CPU, s",
+                curves.ALLOCATION_LIMIT,
+                last["seconds"]["median"],
+            ),
+            ("its growth from 10⁴ triplets on, over that of n log n", curves.GROWTH_LIMIT, grown),
+            ("scoring for each parameter, 10⁶ parameters and more, dearest over cheapest", curves.FLAT_LIMIT, flat),
+        )
+    ]
+
+
 def on_a_gpu() -> list[Finding]:
     """Whole steps on the newest GPU records: eager on both batches, as CUDA graphs where both were captured, and compiled."""
     found = []
@@ -141,7 +164,26 @@ def on_a_gpu() -> list[Finding]:
             what = f"{_device(record)}: whole step over {title}, {rows}×{length} tokens, {how}"
             text = cell(ratio, limit)
             found.append(Finding(what, f"≤ {limit:g}", text, "missed" not in text, _page(file)))
-    return found + _lorafusion()
+    return found + _gpu_memory() + _lorafusion()
+
+
+def _gpu_memory() -> list[Finding]:
+    """Peaks of steps beyond the frozen model, of both batches, without path rows and with them."""
+    file = newest_of(RESULTS / "gpu", "steps")
+    if file is None:
+        return []
+    record = json.loads(file.read_text(encoding="utf-8"))
+    found = []
+    for name, title in (("instantaneous", "a step"), ("default", "a step with path rows")):
+        for item in ("eager", "eager, long"):
+            eager = record["parts"]["steps"]["items"].get(item, {})
+            memory = eager.get("memory", {})
+            if {name, "peft-adalora"} <= set(memory):
+                rows, length = eager["batch"]
+                what = f"{_device(record)}: peak memory of {title} beyond the frozen model, over PEFT AdaLoRA's, {rows}×{length} tokens"
+                text = cell({"median": memory[name]["peak"] / memory["peft-adalora"]["peak"]}, MEMORY)
+                found.append(Finding(what, f"≤ {MEMORY:g}", text, "missed" not in text, _page(file)))
+    return found
 
 
 def _lorafusion() -> list[Finding]:
@@ -167,7 +209,7 @@ def _page(file: Path) -> str:
 def others() -> str:
     """Targets that other records speak of."""
     rows = []
-    for finding in (*fidelity(), compiled(), traffic(), *on_a_gpu()):
+    for finding in (*fidelity(), *scaling(), compiled(), traffic(), *on_a_gpu()):
         verdict = "–" if finding.met is None else "met" if finding.met else "missed"
         rows.append([finding.what, finding.target, finding.found, verdict, f"[page]({finding.page})"])
     return table(["what", "target", "found", "", ""], rows)

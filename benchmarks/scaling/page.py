@@ -56,7 +56,7 @@ def page(record: dict[str, Any]) -> str:
         ]
         for p in record["scoring"]
     ]
-    flat = {key: _spread(record["scoring"], key) for key in ("scores_s", "orthogonality_s")}
+    flat = {key: spread(record["scoring"], key) for key in ("scores_s", "orthogonality_s")}
     parts.append(
         "## Scoring, for each parameter\n\nA score update and the orthogonality gradient over one bank. From 10⁶ parameters on, the "
         f"dearest over the cheapest: {flat['scores_s']:.2f} and {flat['orthogonality_s']:.2f} (target: flat, at most {FLAT_LIMIT}: "
@@ -82,7 +82,7 @@ def page(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _spread(points: list[dict[str, Any]], key: str) -> float:
+def spread(points: list[dict[str, Any]], key: str) -> float:
     """Time for each parameter, the largest over the smallest, where a bank is larger than the caches of a core."""
     chosen = [p for p in points if p["parameters"] >= 10**6] or points
     each = [p[key]["median"] / p["parameters"] for p in chosen]
