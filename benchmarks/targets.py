@@ -15,7 +15,9 @@ from .fidelity.page import FOLDER as FIDELITY
 from .fidelity.page import read as read_fidelity
 from .machine import RESULTS
 from .pages import table
-from .record import newest, newest_of, read
+from .record import agreement, newest, newest_of, read
+
+REPEAT = RESULTS / "repeat"
 
 
 def figure(result: dict[str, Any], target: Target) -> dict[str, float] | None:
@@ -120,6 +122,22 @@ def traffic() -> Finding:
     )
 
 
+def repeated() -> list[Finding]:
+    """Whether a second run of the newest record's cases says the same."""
+    if not any(REPEAT.glob("*.json")):
+        return []
+    try:
+        rows = agreement(read(newest(RESULTS)), read(newest(REPEAT)))
+    except ValueError:  # of another machine: nobody has repeated the newest
+        return []
+    agreeing = sum(row["agrees"] for row in rows)
+    apart = max(abs(row["now"]["median"] / row["before"]["median"] - 1) for row in rows)
+    text = f"{agreeing} of {len(rows)} ratios; medians at most {100 * apart:.0f}% apart"
+    return [
+        Finding("a second run agrees: quartiles of ratios meet", "all", text, agreeing == len(rows), "results/repeat")
+    ]
+
+
 def scaling() -> list[Finding]:
     """How the cost of scoring and allocation grows."""
     from .scaling import page as curves  # draws, too
@@ -209,7 +227,7 @@ def _page(file: Path) -> str:
 def others() -> str:
     """Targets that other records speak of."""
     rows = []
-    for finding in (*fidelity(), *scaling(), compiled(), traffic(), *on_a_gpu()):
+    for finding in (*repeated(), *fidelity(), *scaling(), compiled(), traffic(), *on_a_gpu()):
         verdict = "–" if finding.met is None else "met" if finding.met else "missed"
         rows.append([finding.what, finding.target, finding.found, verdict, f"[page]({finding.page})"])
     return table(["what", "target", "found", "", ""], rows)

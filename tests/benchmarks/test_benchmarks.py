@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +167,28 @@ def test_numbers_drawn_on_the_host_are_neither_launches_nor_syncs() -> None:
         assert (drawn + 1).item() > 0
     assert not counting.launches
     assert not counting.syncs
+
+
+def test_a_second_run_is_compared_with_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another machine it says nothing."""
+
+    def record(median: float, threads: int = 2) -> dict[str, Any]:
+        ratio = {"median": median, "q1": median - 0.1, "q3": median + 0.1}
+        result = {"case": {"name": "a"}, "ratios": {"x/floor": ratio, "y/floor": {"median": 1.0, "q1": 0.9, "q3": 1.1}}}
+        opened = records.open_record()
+        return {**records.close_record(opened, [result], 1.0), "threads": threads}
+
+    monkeypatch.setattr(targets, "RESULTS", tmp_path)
+    monkeypatch.setattr(targets, "REPEAT", tmp_path / "repeat")
+    (tmp_path / "repeat").mkdir()
+    (tmp_path / "one.json").write_text(json.dumps(record(1.0)), encoding="utf-8")
+    assert targets.repeated() == []
+    for other, found, met in (
+        (record(1.1), "2 of 2 ratios; medians at most 10% apart", True),
+        (record(1.5), "1 of 2 ratios; medians at most 50% apart", False),
+    ):
+        (tmp_path / "repeat" / "one.json").write_text(json.dumps(other), encoding="utf-8")
+        (finding,) = targets.repeated()
+        assert (finding.found, finding.met) == (found, met)
+    (tmp_path / "repeat" / "one.json").write_text(json.dumps(record(1.0, threads=1)), encoding="utf-8")
+    assert targets.repeated() == []
