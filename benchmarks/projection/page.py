@@ -21,7 +21,7 @@ from ..cases import Case
 from ..machine import RESULTS, machine, versions
 from ..methods import quiet_peft
 from ..pages import table
-from ..record import newest
+from ..record import newest, newest_of
 from .checks import FIGURES, against_record, validate
 from .project import project
 from .shapes import frozen
@@ -50,8 +50,9 @@ def make(models: list[str], checked: tuple[str, ...]) -> dict[str, Any]:
             projections.append(project(shape, case, Roofline(card=card(of))))
     _say("checks on models with weights")
     checks = validate(checked)
-    _say("against records of cards")
-    records = [against_record(file) for file in sorted((RESULTS / "gpu").glob("*.json"))]
+    _say("against the newest record of a card")
+    steps = newest_of(RESULTS / "gpu", "steps")
+    records = [] if steps is None else [against_record(steps)]
     return {
         "format": FORMAT,
         "what": PROJECTION,
