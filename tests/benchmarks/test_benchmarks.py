@@ -174,7 +174,11 @@ def test_a_second_run_is_compared_with_the_newest(tmp_path: Path, monkeypatch: p
 
     def record(median: float, threads: int = 2) -> dict[str, Any]:
         ratio = {"median": median, "q1": median - 0.1, "q3": median + 0.1}
-        result = {"case": {"name": "a"}, "ratios": {"x/floor": ratio, "y/floor": {"median": 1.0, "q1": 0.9, "q3": 1.1}}}
+        result = {
+            "case": {"name": "a"},
+            "rounds": 6,
+            "ratios": {"x/floor": ratio, "y/floor": {"median": 1.0, "q1": 0.9, "q3": 1.1}},
+        }
         opened = records.open_record()
         return {**records.close_record(opened, [result], 1.0), "threads": threads}
 
@@ -184,11 +188,16 @@ def test_a_second_run_is_compared_with_the_newest(tmp_path: Path, monkeypatch: p
     (tmp_path / "one.json").write_text(json.dumps(record(1.0)), encoding="utf-8")
     assert targets.repeated() == []
     for other, found, met in (
-        (record(1.1), "2 of 2 ratios; medians at most 10% apart", True),
-        (record(1.5), "1 of 2 ratios; medians at most 50% apart", False),
+        (record(1.1), "2 of 2 ratios (100%); medians at most 10% apart", True),
+        (record(1.5), "1 of 2 ratios (50%); medians at most 50% apart", False),
     ):
         (tmp_path / "repeat" / "one.json").write_text(json.dumps(other), encoding="utf-8")
         (finding,) = targets.repeated()
         assert (finding.found, finding.met) == (found, met)
     (tmp_path / "repeat" / "one.json").write_text(json.dumps(record(1.0, threads=1)), encoding="utf-8")
     assert targets.repeated() == []
+
+
+def test_how_often_quartiles_meet_by_chance() -> None:
+    """The more values, the surer."""
+    assert 0 < targets.by_chance(2) < targets.by_chance(6) < 1
