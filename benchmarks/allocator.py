@@ -23,9 +23,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    if mallopt(_M_MMAP_MAX, 0) and mallopt(
-        _M_TRIM_THRESHOLD, -1
-    ):  # no block of its own for a large request; the heap's end stays
+    # No block of its own for a large request, and the heap's end stays.
+    if mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1):
         _state = KEEPS
 
 

@@ -24,31 +24,26 @@ def measure(steps: Steps, deadline: Deadline) -> dict[str, Any]:
         return {"skipped": "needs a CUDA device"}
     result: dict[str, Any] = {}
     running: dict[str, Method] = {}
-    eager = {name: method.model for name, method in steps.methods.items()}
-    try:
-        for name in [name for name in _COMPILED if name in steps.methods]:
-            if deadline.left < _COMPILING:
-                result[name] = {"cut": "the part's time was over"}
-                continue
-            method = steps.methods[name]
-            method.model = torch.compile(method.model, mode="reduce-overhead", dynamic=False)
-            start = time.perf_counter()
-            try:
-                steps.block(method, steps.batch, 4)  # compiles, warms up, records
-                running[name] = method
-                result[name] = {"compiling_s": round(time.perf_counter() - start, 1)}
-            except Exception:
-                result[name] = {"error": traceback.format_exc()}
-                steps.clock.synchronize()
-        times: Times = {name: [] for name in running}
-        while running and (len(next(iter(times.values()))) < 3 or deadline.left > 10):
-            for name, method in running.items():
-                times[name].append(steps.block(method, steps.batch, 8))
-            if len(times[name]) == 12:
-                break
-    finally:
-        for name, model in eager.items():
-            steps.methods[name].model = model
+    for name in [name for name in _COMPILED if name in steps.methods]:
+        if deadline.left < _COMPILING:
+            result[name] = {"cut": "the part's time was over"}
+            continue
+        method = steps.methods[name]
+        method.model = torch.compile(method.model, mode="reduce-overhead", dynamic=False)
+        start = time.perf_counter()
+        try:
+            steps.block(method, steps.batch, 4)  # compiles, warms up, records
+            running[name] = method
+            result[name] = {"compiling_s": round(time.perf_counter() - start, 1)}
+        except Exception:
+            result[name] = {"error": traceback.format_exc()}
+            steps.clock.synchronize()
+    times: Times = {name: [] for name in running}
+    while running and (len(next(iter(times.values()))) < 3 or deadline.left > 10):
+        for name, method in running.items():
+            times[name].append(steps.block(method, steps.batch, 8))
+        if len(times[name]) == 12:
+            break
     step = {name: quartiles(series) for name, series in times.items()}
     return {"methods": result, "step": step, "ratios": paired_ratios(times)}
 

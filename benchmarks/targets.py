@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from igulora.measure.roofline import PROJECTION
@@ -130,12 +129,13 @@ def repeated() -> list[Finding]:
     if not any(REPEAT.glob("*.json")):
         return []
     try:
-        rows = agreement(read(newest(RESULTS)), read(newest(REPEAT)))
+        again = read(newest(REPEAT))
+        rows = agreement(read(newest(RESULTS)), again)
     except ValueError:  # of another machine: nobody has repeated the newest
         return []
     agreeing = sum(row["agrees"] for row in rows)
     apart = max(abs(row["now"]["median"] / row["before"]["median"] - 1) for row in rows)
-    share, wanted = agreeing / len(rows), by_chance(read(newest(REPEAT))["results"][0]["rounds"])
+    share, wanted = agreeing / len(rows), by_chance(again["results"][0]["rounds"])
     text = f"{agreeing} of {len(rows)} ratios ({100 * share:.0f}%); medians at most {100 * apart:.0f}% apart"
     what = "a second run agrees: share of ratios whose quartiles meet, as often as those of two samples of one distribution"
     return [Finding(what, f"≥ {100 * wanted:.0f}%", text, share >= wanted, "results/repeat")]
@@ -174,67 +174,67 @@ def scaling() -> list[Finding]:
     ]
 
 
+class _GpuRecord:
+    """The newest GPU record that holds a part of the suite.
+
+    Attributes:
+        items: of the part; empty where there is no record. device: its name. page: of the record.
+    """
+
+    def __init__(self, part: str) -> None:
+        file = newest_of(RESULTS / "gpu", part)
+        self.items: dict[str, Any] = {}
+        if file is not None:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            self.items = record["parts"][part]["items"]
+            self.device, self.page = record["environment"]["machine"]["name"], f"results/gpu/{file.stem}.md"
+
+    def finding(self, what: str, value: dict[str, float], limit: float) -> Finding:
+        """A measured value that has a limit."""
+        text = cell(value, limit)
+        return Finding(f"{self.device}: {what}", f"≤ {limit:g}", text, "missed" not in text, self.page)
+
+
 def on_a_gpu() -> list[Finding]:
-    """Whole steps on the newest GPU records: eager on both batches, as CUDA graphs where both were captured, and compiled."""
+    """Whole steps on the newest records: eager on both batches, as CUDA graphs where both were captured, compiled; memory; layers."""
+    steps, compiled_models = _GpuRecord("steps"), _GpuRecord("compiled")
     found = []
     for name, title, limit in (("peft-adalora", "PEFT AdaLoRA", 0.6), ("peft-lora", "PEFT LoRA", 0.9)):
-        for part, item, how in (
-            ("steps", "eager", "eager"),
-            ("steps", "eager, long", "eager"),
-            ("steps", "graphs", "as a CUDA graph"),
-            ("compiled", "compiled", "both compiled"),
+        for record, item, how in (
+            (steps, "eager", "eager"),
+            (steps, "eager, long", "eager"),
+            (steps, "graphs", "as a CUDA graph"),
+            (compiled_models, "compiled", "both compiled"),
         ):
-            file = newest_of(RESULTS / "gpu", part)
-            record = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
-            items = record.get("parts", {}).get(part, {}).get("items", {})
-            ratio = items.get(item, {}).get("ratios", {}).get(f"instantaneous/{name}")
-            if file is None or ratio is None:
-                continue
-            case = items["methods"]["case"]
-            rows, length = items[item].get("batch", (case["rows"], case["length"]))
-            what = f"{_device(record)}: whole step over {title}, {rows}×{length} tokens, {how}"
-            text = cell(ratio, limit)
-            found.append(Finding(what, f"≤ {limit:g}", text, "missed" not in text, _page(file)))
-    return found + _gpu_memory() + _lorafusion()
+            ratio = record.items.get(item, {}).get("ratios", {}).get(f"instantaneous/{name}")
+            if ratio is not None:
+                case = record.items["methods"]["case"]
+                rows, length = record.items[item].get("batch", (case["rows"], case["length"]))
+                found.append(record.finding(f"whole step over {title}, {rows}×{length} tokens, {how}", ratio, limit))
+    return found + _gpu_memory(steps) + _lorafusion(_GpuRecord("layers"))
 
 
-def _gpu_memory() -> list[Finding]:
+def _gpu_memory(record: _GpuRecord) -> list[Finding]:
     """Peaks of steps beyond the frozen model, of both batches, without path rows and with them."""
-    file = newest_of(RESULTS / "gpu", "steps")
-    if file is None:
-        return []
-    record = json.loads(file.read_text(encoding="utf-8"))
     found = []
     for name, title in (("instantaneous", "a step"), ("default", "a step with path rows")):
         for item in ("eager", "eager, long"):
-            eager = record["parts"]["steps"]["items"].get(item, {})
+            eager = record.items.get(item, {})
             memory = eager.get("memory", {})
             if {name, "peft-adalora"} <= set(memory):
                 rows, length = eager["batch"]
-                what = f"{_device(record)}: peak memory of {title} beyond the frozen model, over PEFT AdaLoRA's, {rows}×{length} tokens"
-                text = cell({"median": memory[name]["peak"] / memory["peft-adalora"]["peak"]}, MEMORY)
-                found.append(Finding(what, f"≤ {MEMORY:g}", text, "missed" not in text, _page(file)))
+                what = f"peak memory of {title} beyond the frozen model, over PEFT AdaLoRA's, {rows}×{length} tokens"
+                value = {"median": memory[name]["peak"] / memory["peft-adalora"]["peak"]}
+                found.append(record.finding(what, value, MEMORY))
     return found
 
 
-def _lorafusion() -> list[Finding]:
-    file = newest_of(RESULTS / "gpu", "layers")
-    if file is None:
-        return []
-    record = json.loads(file.read_text(encoding="utf-8"))
-    variants = next(iter(record["parts"]["layers"]["items"].values()))["variants"]
+def _lorafusion(record: _GpuRecord) -> list[Finding]:
+    variants = next(iter(record.items.values()), {}).get("variants", {})
     if "skipped" not in variants.get("LoRAFusion", {}):
         return []
-    what = f"{_device(record)}: over LoRAFusion's layer"
-    return [Finding(what, "≤ 1", "not measured (not installed there)", None, _page(file))]
-
-
-def _device(record: dict[str, Any]) -> str:
-    return str(record["environment"]["machine"]["name"])
-
-
-def _page(file: Path) -> str:
-    return f"results/gpu/{file.with_suffix('.md').name}"
+    what = f"{record.device}: over LoRAFusion's layer"
+    return [Finding(what, "≤ 1", "not measured (not installed there)", None, record.page)]
 
 
 def others() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import igulora
+from igulora.benchmarks import allocator
 
 # Kernels that a test asks for by name are interpreted where there is no GPU; all other tests run the references.
 if not torch.cuda.is_available():
@@ -136,5 +136,4 @@ def trainer() -> Callable[..., tuple[nn.Module, igulora.Controller, torch.optim.
 @pytest.fixture(autouse=True)
 def _allocator_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that time steps set the process's allocator for good; here one process runs many."""
-    if importlib.util.find_spec("igulora.benchmarks") is not None:
-        monkeypatch.setattr("igulora.benchmarks.allocator.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,6 +228,13 @@ def test_frozen_configurations_have_as_many_parameters_as_published(name: str) -
     assert sum(p.numel() for p in shape.build().parameters()) == shape.parameters
 
 
+def check_refused(folder: Path, text: str, message: str) -> None:
+    """A folder whose config.json reads ``text`` is no shape."""
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        find_shape(str(folder))
+
+
 def test_shapes_by_name(tmp_path) -> None:
     assert find_shape("Llama-3-8B").name == "llama-3-8b"
     assert find_shape("meta-llama/Llama-2-7b-hf").name == "llama-2-7b"
@@ -237,12 +245,8 @@ def test_shapes_by_name(tmp_path) -> None:
         find_shape("lama-3-8b")
     with pytest.raises(ValueError, match="does not exist"):
         find_shape(str(tmp_path / "other.json"))
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="not JSON"):
-        find_shape(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="without num_hidden_layers"):
-        find_shape(str(tmp_path))
+    check_refused(tmp_path, "{", "not JSON")
+    check_refused(tmp_path, '{"model_type": "llama"}', "without num_hidden_layers")
 
 
 @pytest.mark.parametrize("name", sorted(frozen()))
@@ -266,12 +270,8 @@ def test_a_configuration_may_have_names_of_its_own(tmp_path) -> None:
     assert (shape.layers, shape.longest, shape.even) == (4, 48, True)
     check_projected_is_counted_in_full_depth("instantaneous", shape)
     assert len(linears_of(shape.build())) == 6
-    (tmp_path / "config.json").write_text('{"model_type": "gptj"}', encoding="utf-8")
-    with pytest.raises(ValueError, match="without n_layer from"):
-        find_shape(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "gptjj", "n_layer": 4}', encoding="utf-8")
-    with pytest.raises(ValueError, match="Did you mean 'gptj'"):
-        find_shape(str(tmp_path))
+    check_refused(tmp_path, '{"model_type": "gptj"}', "without n_layer from")
+    check_refused(tmp_path, '{"model_type": "gptjj", "n_layer": 4}', "Did you mean 'gptj'")
 
 
 MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
