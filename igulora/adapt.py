@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
 from .bank import Bank, find_bank
+from .bases import Base, describe
 from .config import IGUConfig
 from .context import PathContext
 from .errors import nearest
-from .layers import FusedSVDLinear, SavedModule
+from .layers import AdaptedLayer, wrap
 from .recompute import Recompute
+from .saved import SavedModule
 from .targets import find_saved, find_targets
 
 
@@ -34,8 +34,8 @@ def _replace(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
 def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
     """Inject adapters into ``model`` in place and freeze everything else; returns the same model.
 
-    The linear layers that ``config.target_modules`` names become :class:`FusedSVDLinear`, the modules of ``modules_to_save`` get a trained
-    copy. At the start the outputs equal the base model's. All checks come before the first change.
+    The layers that ``config.target_modules`` names become adapted ones (:class:`FusedSVDLinear`), the modules of ``modules_to_save`` get a
+    trained copy. At the start the outputs equal the base model's. All checks come before the first change.
 
     Args:
         model: any module; a bare ``nn.Linear`` cannot be replaced in itself: make a ``FusedSVDLinear`` of it.
@@ -62,7 +62,7 @@ def check_plain(model: nn.Module) -> None:
     """Raise unless ``model`` is a module without adapters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
-    if any(isinstance(m, (FusedSVDLinear, SavedModule)) for m in model.modules()):
+    if any(isinstance(m, (AdaptedLayer, SavedModule)) for m in model.modules()):
         raise ValueError(
             "expected a model without igulora adapters, got one adapted already; "
             "call igulora.remove(model) first, or go on with the adapters it has"
@@ -76,7 +76,7 @@ def check_plain(model: nn.Module) -> None:
 def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[str], ranks: list[int]) -> nn.Module:
     """What :func:`adapt` does, for exactly the layers ``names`` with ``ranks`` and the modules ``saved``, all by full name."""
     modules = dict(model.named_modules())
-    devices = sorted({str(modules[n].weight.device) for n in names})
+    devices = sorted({str(_base_of(modules[n]).device) for n in names})
     if len(devices) > 1:
         raise ValueError(
             f"expected all target layers on one device, got {', '.join(devices)}; move the model to one first"
@@ -88,7 +88,7 @@ def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[st
         swaps: dict[int, nn.Module] = {id(modules[n]): layer for n, layer in zip(names, layers, strict=True)}
         for name in saved:
             swaps[id(modules[name])] = SavedModule(modules[name], context).train(modules[name].training)
-        bank = Bank(names, layers, context)
+        bank = Bank(names, list(layers), context)
     except BaseException:
         for param, flag in trained:
             param.requires_grad_(flag)
@@ -101,15 +101,21 @@ def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[st
     return model
 
 
+def _base_of(module: nn.Module) -> Base:
+    found = describe(module)
+    assert found is not None
+    return found
+
+
 def _build_layers(
     modules: dict[str, nn.Module], config: IGUConfig, names: list[str], ranks: list[int]
-) -> list[FusedSVDLinear]:
+) -> list[AdaptedLayer]:
     generator = torch.Generator().manual_seed(config.seed)
     layers = []
     for name, rank in zip(names, ranks, strict=True):
-        layer = FusedSVDLinear(
-            modules[name],  # type: ignore[arg-type]
-            r=rank,
+        layer = wrap(
+            modules[name],
+            rank,
             dropout=config.dropout,
             init=config.init or "orthonormal",
             init_lambda=config.init_lambda,
@@ -127,7 +133,7 @@ def _keep_layers_called(model: nn.Module) -> None:
     for parent in model.modules():
         if isinstance(parent, nn.TransformerEncoderLayer):
             for layer in (parent.linear1, parent.linear2):
-                if isinstance(layer, FusedSVDLinear):
+                if isinstance(layer, AdaptedLayer):
                     layer.register_forward_pre_hook(_called)
 
 
@@ -135,9 +141,9 @@ def _called(_module: nn.Module, _args: object) -> None:
     return None
 
 
-def adapted_layers(model: nn.Module) -> Iterable[FusedSVDLinear]:
+def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
     """The adapted layers of ``model`` in bank order."""
-    return find_bank(model).layers
+    return [layer for layer in find_bank(model).layers if isinstance(layer, AdaptedLayer)]
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
@@ -151,7 +157,7 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not adapted, or is merged already.
     """
-    layers = list(adapted_layers(model))
+    layers = adapted_layers(model)
     if any(layer.merged for layer in layers):
         raise ValueError("expected an unmerged model, got a merged one; call igulora.unmerge(model) first")
     for layer in layers:
@@ -165,7 +171,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not adapted, or not merged.
     """
-    layers = list(adapted_layers(model))
+    layers = adapted_layers(model)
     if not all(layer.merged for layer in layers):
         raise ValueError("expected a merged model, got an unmerged one; call igulora.merge(model) first")
     for layer in layers:
@@ -182,7 +188,7 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not adapted.
     """
-    layers = list(adapted_layers(model))
+    layers = adapted_layers(model)
     merged = bool(layers) and all(layer.merged for layer in layers)
     swaps: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in layers}
     for saved in saved_modules(model).values():

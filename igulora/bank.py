@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import SVDAdapter
 from .context import PathContext
 from .kernels.importance import row_table
 from .kernels.orthogonality import work_table
-from .layers import FusedSVDLinear
 from .shared import share_inputs
 
 _ALIGN = 64  # elements: every region starts on a 256-byte boundary, so that kernels may use 16-byte accesses
@@ -49,7 +49,7 @@ class Layout:
     triplets: int
 
     @classmethod
-    def of(cls, layers: list[FusedSVDLinear]) -> Layout:
+    def of(cls, layers: list[SVDAdapter]) -> Layout:
         """Lay out the matrices of ``layers``."""
         wanted = [
             (length, layer.r, slot, name)
@@ -116,7 +116,7 @@ class Bank:
         ValueError: the layers lie on several devices.
     """
 
-    def __init__(self, names: list[str], layers: list[FusedSVDLinear], context: PathContext) -> None:
+    def __init__(self, names: list[str], layers: list[SVDAdapter], context: PathContext) -> None:
         self.names, self.layers, self.context = list(names), list(layers), context
         for slot, layer in enumerate(self.layers):
             layer.slot, layer.context = slot, context

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .adapt import check_plain, inject, saved_modules
 from .bank import find_bank
+from .bases import describe
 from .config import IGUConfig
 from .controller import Controller
 from .files import read_json, read_metadata, read_tensors, write_json, write_tensors
@@ -198,7 +199,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     directory = Path(directory)
     check_plain(model)
     file = read_adapter(directory)
-    shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    bases = {name: describe(module) for name, module in model.named_modules()}
+    shapes = {name: (base.out_features, base.in_features) for name, base in bases.items() if base is not None}
     _check_fits(file, shapes, directory)
     _check_saved(file, dict(model.named_modules()), directory)
     ranks = [parts["lora_E"].shape[0] for parts in file.modules.values()]

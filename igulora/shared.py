@@ -11,7 +11,7 @@ from .kernels import svd_project
 from .kernels.checks import under_autocast
 
 if TYPE_CHECKING:
-    from .layers import FusedSVDLinear
+    from .adapter import SVDAdapter
     from .recompute import Recipe
 
 # Last parts of the names of sibling modules that models call with one tensor.
@@ -50,7 +50,7 @@ class SharedInput:
     to be called with different tensors part, but only when the next forward begins: a recomputation has to repeat what its forward did.
     """
 
-    def __init__(self, layers: list[FusedSVDLinear]) -> None:
+    def __init__(self, layers: list[SVDAdapter]) -> None:
         self.layers = layers
         self._x: Tensor | None = None
         self._cast: Tensor | None = None  # in autocast's dtype: one copy for all members
@@ -64,7 +64,7 @@ class SharedInput:
         for layer in layers:
             layer.shared = self
 
-    def take(self, layer: FusedSVDLinear, x: Tensor) -> Taken:
+    def take(self, layer: SVDAdapter, x: Tensor) -> Taken:
         """What a layer needs for x."""
         watching = not torch.compiler.is_compiling()  # what a compiled graph was traced with stays
         if layer.training is not self.layers[0].training or all(member is not layer for member in self.layers):
@@ -91,7 +91,7 @@ class SharedInput:
         self._x = self._cast = self._seed = self._recipe = None
         self._ready = {}
 
-    def _opens(self, layer: FusedSVDLinear) -> bool:
+    def _opens(self, layer: SVDAdapter) -> bool:
         return self._opener is None or self._opener == layer.slot
 
     def _part(self) -> bool:
@@ -104,7 +104,7 @@ class SharedInput:
                 first.setdefault(slot, i)
         if len(set(first.values())) < 2:
             return False
-        parts: dict[int, list[FusedSVDLinear]] = {}
+        parts: dict[int, list[SVDAdapter]] = {}
         for layer in self.layers:
             parts.setdefault(first.get(layer.slot, 0), []).append(layer)
             layer.shared = None
@@ -141,13 +141,13 @@ class SharedInput:
         self._ready = {layer.slot: part for layer, part in zip(layers, S, strict=True)}
 
 
-def share_inputs(names: list[str], layers: list[FusedSVDLinear]) -> None:
+def share_inputs(names: list[str], layers: list[SVDAdapter]) -> None:
     """Group the layers whose siblings read the same input, by the names of :data:`SHARED_NAMES` and their shapes.
 
     Args:
         names: full module names of the layers.
     """
-    siblings: dict[str, dict[str, FusedSVDLinear]] = {}
+    siblings: dict[str, dict[str, SVDAdapter]] = {}
     for name, layer in zip(names, layers, strict=True):
         layer.shared = None
         parent, _, last = name.rpartition(".")

@@ -7,9 +7,11 @@ import re
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .bases import describe
 from .config import IGUConfig
 from .errors import nearest
-from .layers import FusedSVDLinear, SavedModule
+from .layers import AdaptedLayer
+from .saved import SavedModule
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -62,13 +64,13 @@ def find_saved(model: nn.Module, config: IGUConfig) -> list[str]:
 
 
 def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[str]:
-    """Full names of the ``nn.Linear`` modules to adapt, in model order.
+    """Full names of the layers to adapt, in model order.
 
-    "all-linear" takes every linear layer but the output head, layers with tied weights and modules to save. A string is a regular
-    expression that must match a whole name; a list holds name endings.
+    "all-linear" takes every linear layer (``nn.Linear``, quantised or not, and transformers' ``Conv1D``) but the output head, layers with
+    tied weights and modules to save. A string is a regular expression that must match a whole name; a list holds name endings.
 
     Raises:
-        ValueError: nothing matched (lists the linear layers there are), a name of the list matched nothing, a match is no ``nn.Linear``
+        ValueError: nothing matched (lists the linear layers there are), a name of the list matched nothing, no adapter exists for a match,
             or its weight is tied.
         TypeError: ``target_modules`` is neither a string nor a list of strings.
     """
@@ -83,7 +85,8 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
     inside_saved = [n for n in modules if any(n == s or n.startswith(s + ".") for s in saved)]
     excluded = {n for n in modules for e in config.exclude_modules if _ends_with(n, e)} | set(inside_saved)
     tied, head = _tied_weights(model), _output_head(model)
-    linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
+    bases = {n: describe(m) for n, m in modules.items()}
+    linears = [n for n, base in bases.items() if base is not None and base.linear]
     if wanted == "all-linear":
         found = [
             n
@@ -116,11 +119,11 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
         )
     for name in found:
         module = modules[name]
-        if isinstance(module, (FusedSVDLinear, SavedModule)):
+        if isinstance(module, (AdaptedLayer, SavedModule)):
             raise ValueError(f"expected a plain model, got {name!r} adapted already; call igulora.remove(model) first")
-        if not isinstance(module, nn.Linear):
+        if bases[name] is None:
             raise ValueError(
-                f"expected target_modules to match nn.Linear layers only, got {name!r} ({type(module).__name__}); "
+                f"expected target_modules to match linear layers only, got {name!r} ({type(module).__name__}); "
                 "name linear layers or exclude it with exclude_modules"
             )
         if _bypassed(module):

@@ -11,7 +11,8 @@ from torch import nn
 
 import igulora
 from igulora.adapt import saved_modules
-from igulora.layers import FusedSVDLinear, SavedModule
+from igulora.layers import FusedSVDLinear
+from igulora.saved import SavedModule
 
 
 def state_of(model: nn.Module) -> list[Any]:

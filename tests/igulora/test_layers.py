@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from igulora import FusedSVDLinear
 from igulora.context import PathContext
-from igulora.layers import SavedModule
+from igulora.saved import SavedModule
 
 
 def layer(r: int = 3, **options) -> FusedSVDLinear:

@@ -1,0 +1,61 @@
+"""Layers with a dense weight: ``nn.Linear`` and the ``Conv1D`` of GPT-2, which is a linear layer with its weight transposed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base import Base
+
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def is_plain_product(module: nn.Module) -> bool:
+    """Whether the layer is ``x W^T + b`` of a plain ``weight`` and ``bias``, which an operator may compute itself.
+
+    Elsewhere (a subclass or an instance with a forward of its own, a weight that is a tensor of its own kind) the layer's own forward runs,
+    and the update is added to what it returns.
+    """
+    return type(module).forward is nn.Linear.forward and "forward" not in vars(module) and type(module.weight) in _PLAIN
+
+
+class LinearBase(Base):
+    """``nn.Linear`` and its subclasses."""
+
+    kind = "nn.Linear"
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__(module)
+        self.in_features, self.out_features = module.in_features, module.out_features
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def dense(self) -> Tensor:
+        return self.module.weight
+
+    def assign(self, dense: Tensor) -> float:
+        self.module.weight.copy_(dense)
+        return 0.0
+
+
+class Conv1DBase(Base):
+    """``transformers.pytorch_utils.Conv1D``: weight (in, out)."""
+
+    kind = "Conv1D"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.in_features, self.out_features = self.module.weight.shape
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        cls_of = type(module)
+        return cls_of.__name__ == "Conv1D" and cls_of.__module__.startswith("transformers.")
+
+    def dense(self) -> Tensor:
+        return self.module.weight.t()
+
+    def assign(self, dense: Tensor) -> float:
+        self.module.weight.copy_(dense.t())
+        return 0.0
