@@ -83,7 +83,10 @@ class IGUCallback(TrainerCallback):
         check_steps(config, state.max_steps)
         self._check_saved(part, bank, args)
         ask_gradients = getattr(part, "enable_input_require_grads", None)
-        if args.gradient_checkpointing and ask_gradients is not None:
+        checkpointing = getattr(args, "activation_checkpointing", None) or getattr(
+            args, "gradient_checkpointing", False
+        )
+        if checkpointing and ask_gradients is not None:
             ask_gradients()  # the base is frozen: reentrant checkpointing would see no gradient to make
         accumulation = args.gradient_accumulation_steps
         if self.controller is None or self.controller.bank is not bank:
