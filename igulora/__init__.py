@@ -8,6 +8,8 @@ for batch in loader:
     opt.step(); ctl.step(); opt.zero_grad()
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .adapt import adapt, merge, remove, unmerge
 from .bank import Bank, find_bank
 from .checkpoint import AdapterFile, load_adapter, read_adapter, save_adapter
@@ -18,6 +20,9 @@ from .export import export_peft
 from .layers import FusedSVDLinear, adapters_disabled
 from .optim import param_groups
 
+if TYPE_CHECKING:
+    from .trainer import IGUCallback, IGUTrainer, IGUTrainerMixin
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -25,7 +30,10 @@ __all__ = [
     "Bank",
     "Controller",
     "FusedSVDLinear",
+    "IGUCallback",
     "IGUConfig",
+    "IGUTrainer",
+    "IGUTrainerMixin",
     "StepInfo",
     "adapt",
     "adapters_disabled",
@@ -40,3 +48,12 @@ __all__ = [
     "save_adapter",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The Trainer's classes need transformers, which is imported when they are asked for."""
+    if name in ("IGUCallback", "IGUTrainer", "IGUTrainerMixin"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -90,9 +90,13 @@ def count_loss_terms(batch: Any, model: nn.Module) -> Tensor:
     """How many terms each sequence adds to a loss that is a mean over all terms: float32 (batch,), on the labels' device.
 
     Read from ``batch["labels"]``: labels of shape (batch, length) count the entries other than -100 (shifted by one for causal language
-    models); labels of shape (batch,), floating-point labels, or none at all count one term per sequence.
+    models; ``batch["shift_labels"]`` are shifted already); labels of shape (batch,), floating-point labels, or none at all count one term
+    per sequence.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    shifted = batch.get("shift_labels") if isinstance(batch, Mapping) else None
+    if isinstance(shifted, Tensor):
+        return (shifted != IGNORED_LABEL).flatten(1).sum(1).to(torch.float32)
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         where = _leaves(batch)[0]
         return torch.ones(batch_size(batch), dtype=torch.float32, device=where.device)

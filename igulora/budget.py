@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PHASES = ("warmup", "pruning", "final")
+
 
 @dataclass(frozen=True)
 class BudgetSchedule:

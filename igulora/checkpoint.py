@@ -49,8 +49,16 @@ class AdapterFile:
     terms: dict[str, Tensor]
 
 
-def save_adapter(model: nn.Module, directory: str | Path, controller: Controller | None = None) -> Path:
+def save_adapter(
+    model: nn.Module, directory: str | Path, controller: Controller | None = None, *, resumable: bool = True
+) -> Path:
     """Write the adapter of ``model`` (and the controller's state) into ``directory``; returns the folder.
+
+    Args:
+        model: adapted by :func:`igulora.adapt`.
+        directory: made when missing.
+        controller: its history of ranks is written, and its state.
+        resumable: False leaves the state out: scores and the sums of an unfinished window, three times the size of the adapter.
 
     Raises:
         ValueError: the model is not adapted, or merged.
@@ -69,7 +77,7 @@ def save_adapter(model: nn.Module, directory: str | Path, controller: Controller
     saved = saved_modules(model)
     for name, module in saved.items():
         tensors |= {f"{name}.saved.{key}": value for key, value in module.module.state_dict().items()}
-    state = controller.state_dict() if controller is not None else None
+    state = controller.state_dict() if controller is not None and resumable else None
     stamp = secrets.token_hex(8)
     meta = {
         "format": FORMAT,
@@ -86,6 +94,8 @@ def save_adapter(model: nn.Module, directory: str | Path, controller: Controller
     write_tensors(directory / ADAPTER_FILE, tensors, {"stamp": stamp})
     if state is not None:
         write_tensors(directory / CONTROLLER_FILE, state["tensors"], {"stamp": stamp})
+    else:
+        (directory / CONTROLLER_FILE).unlink(missing_ok=True)
     write_json(directory / CONFIG_FILE, meta)
     return directory
 
@@ -225,6 +235,43 @@ def _fill(model: nn.Module, file: AdapterFile) -> None:
         module.module.load_state_dict(file.saved[name])
 
 
+def _check_same(file: AdapterFile, model: nn.Module, directory: Path) -> None:
+    bank = find_bank(model)
+    shapes = {n: (layer.out_features, layer.in_features) for n, layer in zip(bank.names, bank.layers, strict=True)}
+    _check_fits(file, shapes, directory)
+    if list(file.modules) != bank.names or any(
+        parts["lora_E"].shape[0] != layer.r for parts, layer in zip(file.modules.values(), bank.layers, strict=True)
+    ):
+        raise ValueError(
+            f"expected the modules and ranks of the model in {directory}, got others; resume with the same options"
+        )
+    _check_saved(file, {name: saved.module for name, saved in saved_modules(model).items()}, directory)
+
+
+def restore_adapter(model: nn.Module, directory: str | Path, controller: Controller | None = None) -> AdapterFile:
+    """Put the adapter saved in ``directory`` into a model that has the same adapters already, and the state into ``controller``.
+
+    Everything is checked before the first change. Returns what was read.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is incomplete or damaged, the adapter is another one, or ``controller`` is given and the
+            folder holds no state of one.
+    """
+    directory = Path(directory)
+    file = read_adapter(directory)
+    _check_same(file, model, directory)
+    if controller is not None:
+        meta = file.meta.get("controller")
+        if meta is None:
+            raise ValueError(
+                f"expected the state of a controller in {directory}, got an adapter alone: scores and schedule cannot go on from it; "
+                "take a folder that was saved whole (transformers: not with save_only_model=True)"
+            )
+        controller.load_state_dict({"tensors": read_tensors(directory / CONTROLLER_FILE), "meta": meta})
+    _fill(model, file)
+    return file
+
+
 def save_checkpoint(
     directory: str | Path,
     model: nn.Module,
@@ -270,15 +317,7 @@ def load_checkpoint(
     directory = Path(directory)
     trainer = read_json(directory / TRAINER_FILE)
     file = read_adapter(directory)
-    bank = find_bank(model)
-    shapes = {n: (layer.out_features, layer.in_features) for n, layer in zip(bank.names, bank.layers, strict=True)}
-    _check_fits(file, shapes, directory)
-    if list(file.modules) != bank.names or any(
-        parts["lora_E"].shape[0] != layer.r for parts, layer in zip(file.modules.values(), bank.layers, strict=True)
-    ):
-        raise ValueError(
-            f"expected the modules and ranks of the model in {directory}, got others; resume with the same options"
-        )
+    _check_same(file, model, directory)
     tensors = read_tensors(directory / OPTIMIZER_FILE)
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():

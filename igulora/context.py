@@ -80,7 +80,8 @@ class PathContext:
         if not self.controlled:
             raise ValueError(
                 f"expected an igulora.Controller for this adaptive-rank model, got {self.unstepped} training passes without one: "
-                "ranks would never be allocated. Make ctl = igulora.Controller(model) and call ctl.step() after optimizer.step(); "
+                "ranks would never be allocated. Make ctl = igulora.Controller(model) and call ctl.step() after optimizer.step(); with "
+                "transformers' Trainer use igulora.trainer.IGUTrainer instead, or its IGUCallback for an estimator without path passes; "
                 'for a fixed rank use IGUConfig(method="lora")'
             )
         raise ValueError(

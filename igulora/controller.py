@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from .allocation import Allocator
 from .bank import find_bank
+from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
 from .errors import nearest
 from .importance import Importance
 from .kernels import orthogonality_grad_
-from .path_pass import LossFn, PathPasses
+from .objective import LossFn, Objective, TrainFn
+from .path_pass import PathPasses
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,34 @@ class Controller:
                 out[name].append({"step": step, "y": y, "mean": mean, "deviation": deviation, "snr": snr})
         return out
 
+    def summary(self) -> dict[str, float]:
+        """Numbers for a log entry, read from the device at once: "step", "budget", "phase" (0 warmup, 1 pruning, 2 final), "live" triplets,
+        "rank_mean", "rank_min", "rank_max" over modules, and where there are any "penalty" and "score_mean", "score_min", "score_max" of
+        the live triplets.
+        """
+        self.bank.refresh()
+        bank, live = self.bank, self.bank.live
+        ranks = live.new_zeros(len(bank.layers)).index_add_(0, bank.layer_index, live)
+        values = {"live": live.sum()}
+        if bank.layers:
+            values |= {"rank_mean": ranks.mean(), "rank_min": ranks.min(), "rank_max": ranks.max()}
+        if self.penalty is not None:
+            values["penalty"] = self.penalty
+        if self.config.scored and self.importance.updates and bank.triplets:
+            scores = self.importance.triplet_scores()
+            values["score_mean"] = (scores * live).sum() / live.sum().clamp(min=1.0)
+            values["score_min"] = torch.where(live > 0, scores, torch.inf).min()
+            values["score_max"] = torch.where(live > 0, scores, -torch.inf).max()
+        numbers = torch.stack([value.to(torch.float64) for value in values.values()]).tolist()
+        host = {"step": self.global_step, "budget": self.budget, "phase": PHASES.index(self.phase)}
+        return {**host, **dict(zip(values, numbers, strict=True))}
+
     # -- one micro-batch ----------------------------------------------------------------------------------------------
+
+    @property
+    def samples_path(self) -> bool:
+        """Whether :meth:`backward` takes samples beside the training gradient now."""
+        return self._scoring and self.config.estimator != "instantaneous"
 
     @property
     def _scoring(self) -> bool:
@@ -157,18 +186,35 @@ class Controller:
         config = self.config
         return config.adaptive and config.scored and self.global_step + 1 < config.prunes_until
 
-    def backward(self, loss_fn: LossFn, batch: Any, *, scale: float | None = None) -> Tensor:
+    def backward(
+        self,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        scale: float | Tensor | None = None,
+        step_scale: float | Tensor | None = None,
+        items: Tensor | float | None = None,
+        train: TrainFn | None = None,
+    ) -> Tensor:
         """Loss and gradients of one micro-batch, path sample and orthogonality gradient included.
 
         Args:
-            loss_fn: ``batch -> loss``, a mean over the batch's loss terms. It may be called with path rows appended to the batch
-                (``path_pass="mixed"``), or twice (``"separate"``).
+            loss_fn: ``batch -> loss``, a mean over the batch's loss terms (or see ``items``). It may be called with path rows appended to
+                the batch (``path_pass="mixed"``), or twice (``"separate"``).
             batch: tensor, tuple, list or mapping of tensors with the sequences in the first dimension.
             scale: factor of the loss; ``1 / accumulation_steps`` by default. A loss scaler's factor S enters as
-                ``S / accumulation_steps``: path samples stay free of it, the orthogonality gradient takes it too.
+                ``S / accumulation_steps``: path samples stay free of it, the orthogonality gradient takes it too. A () tensor where only
+                the device knows it.
+            step_scale: factor that the gradient of the whole step carries, ``scale * accumulation_steps`` by default; to be given where the
+                micro-batches of this step are fewer than ``accumulation_steps``, or the loss is over the ``items`` of all of them.
+            items: what ``loss_fn`` divides the sum of the batch's terms by (the terms of the whole accumulation), where that is not their
+                own number. Path samples are means over their own terms all the same.
+            train: ``(batch, factor) -> detached loss``: forward and backward of a training batch in the loop's own code, with the loss
+                multiplied by ``factor`` (a () tensor, or None for 1); must give the gradient the factor ``scale``. ``loss_fn`` is then
+                called only for path rows alone, and once to check that the loss is what it is said to be.
 
         Returns:
-            The detached () loss, unscaled; of a mixed batch it is the mean over training and path rows together.
+            The detached () loss, unscaled, or what ``train`` returns; of a mixed batch it is the mean over training and path rows together.
 
         Raises:
             ValueError: :meth:`step` was forgotten.
@@ -182,33 +228,38 @@ class Controller:
             raise ValueError("expected an unmerged model to train, got a merged one; call igulora.unmerge(model) first")
         bank.bind_grads()
         scale = 1.0 / self.accumulation_steps if scale is None else scale
-        sampling = self._scoring and self.config.estimator != "instantaneous"
         self._ran_backward = True
-        run = self.passes.train_and_sample if sampling else self.passes.train
-        loss = run(loss_fn, batch, scale)
-        self.regularise(scale * self.accumulation_steps)
+        run = self.passes.train_and_sample if self.samples_path else self.passes.train
+        loss = run(Objective(loss_fn, scale, items, train), batch)
+        self.regularise(scale * self.accumulation_steps if step_scale is None else step_scale)
         return loss
 
-    def regularise(self, scale: float = 1.0) -> None:
+    def regularise(self, scale: float | Tensor = 1.0) -> None:
         """Add the orthogonality gradient to the flat gradient, once per optimizer step.
 
         :meth:`backward` does it; call it before ``optimizer.step()`` only where you call ``loss.backward()`` yourself.
 
         Args:
-            scale: factor that the whole step's gradient carries (a loss scaler's), 1 without one.
+            scale: factor that the whole step's gradient carries (a loss scaler's, a number or a () tensor), 1 without one.
         """
         if self._regularised or not self.config.orthogonality or not self.config.adaptive:
             return
-        bank, config = self.bank, self.config
+        bank, gamma = self.bank, self.config.orthogonality
         bank.bind_grads()
+        if isinstance(scale, Tensor):
+            bank.grad.div_(scale)  # the kernel takes a number, and reading the scale would wait for the device
+        else:
+            gamma *= scale
         self.penalty = orthogonality_grad_(
             bank.weight,
             bank.grad,
             list(bank.layout.groups),
-            config.orthogonality * scale,  # type: ignore[operator]
-            offdiagonal=config.orthogonality_form == "offdiagonal",
+            gamma,
+            offdiagonal=self.config.orthogonality_form == "offdiagonal",
             table=bank.matrix_table,
         )
+        if isinstance(scale, Tensor):
+            bank.grad.mul_(scale)
         self._regularised = True
 
     def _follow_device(self) -> None:

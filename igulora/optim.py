@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .bank import find_bank
@@ -33,11 +34,7 @@ def param_groups(
     if lr <= 0:
         raise ValueError(f"expected a learning rate lr > 0, got {lr}")
     bank = find_bank(model)
-    if lambda_lr_ratio is not None and lambda_lr_ratio < 0:
-        raise ValueError(f"expected lambda_lr_ratio >= 0, got {lambda_lr_ratio}")
-    if lambda_lr_ratio is None:
-        config = getattr(model, "igulora_config", None)
-        lambda_lr_ratio = 1.0 if config is not None and config.init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO
+    lambda_lr_ratio = _ratio(model, lambda_lr_ratio)
     vectors = [p for layer in bank.layers for p in (layer.lora_P, layer.lora_Q) if p.requires_grad]
     lambdas = [layer.lora_E for layer in bank.layers if layer.lora_E.requires_grad]
     ours = {id(p) for p in (*vectors, *lambdas)}
@@ -48,3 +45,46 @@ def param_groups(
         {"name": "saved", "params": saved, "lr": lr, "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]
+
+
+def split_lambda(optimizer: torch.optim.Optimizer, model: nn.Module, lambda_lr_ratio: float | None = None) -> None:
+    """Give lambda groups of its own in an optimizer that somebody else built: ``lambda_lr_ratio`` times the learning rate, no weight decay.
+
+    For a fresh optimizer, before the learning rate scheduler is built. All other options of a group are kept.
+
+    Args:
+        optimizer: holds the parameters of ``model``; those it does not hold are left out.
+        model: adapted by :func:`igulora.adapt`.
+        lambda_lr_ratio: as in :func:`param_groups`.
+
+    Raises:
+        ValueError: the model is not adapted, ``lambda_lr_ratio`` is negative, or a group has no learning rate to take a multiple of.
+    """
+    ratio = _ratio(model, lambda_lr_ratio)
+    lambdas = {id(layer.lora_E) for layer in find_bank(model).layers}
+    for group in list(optimizer.param_groups):
+        ours = [p for p in group["params"] if id(p) in lambdas]
+        if not ours:
+            continue
+        if not isinstance(group.get("lr"), (int, float)):
+            raise ValueError(
+                f"expected an optimizer with a learning rate for lambda_lr_ratio={ratio:g}, got {type(optimizer).__name__} with "
+                f"lr={group.get('lr')!r}; pass an optimizer of your own, or lambda_lr_ratio=1"
+            )
+        options = {key: value for key, value in group.items() if key != "params"}
+        options |= {"lr": group["lr"] * ratio, "weight_decay": 0.0}
+        others = [p for p in group["params"] if id(p) not in lambdas]
+        if others:
+            group["params"] = others
+            optimizer.add_param_group({**options, "params": ours})
+        else:
+            group.update(options)
+
+
+def _ratio(model: nn.Module, lambda_lr_ratio: float | None) -> float:
+    if lambda_lr_ratio is not None and lambda_lr_ratio < 0:
+        raise ValueError(f"expected lambda_lr_ratio >= 0, got {lambda_lr_ratio}")
+    if lambda_lr_ratio is not None:
+        return lambda_lr_ratio
+    config = getattr(model, "igulora_config", None)
+    return 1.0 if config is not None and config.init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO

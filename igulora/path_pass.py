@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,8 @@ from .adapt import saved_modules
 from .bank import Bank
 from .batches import append_rows, batch_size, count_loss_terms, coupling, on_device, take_rows
 from .config import IGUConfig
+from .objective import Objective, checked, evaluating
 from .quadrature import Quadrature, path_factors
-
-LossFn = Callable[[Any], Tensor]
-
 
 # Rounding of 16-bit models changes a loss by about 1e-3 when its rows are computed in another batch; class weights change it by more.
 _MEAN_TOLERANCE = 0.01
@@ -61,9 +59,9 @@ class PathPasses:
         self.mixed = self.sampled = False
         self._mean_checked = False
         # Trainable parameters that are neither adapters nor modules to save: path rows must not reach them.
-        self._others = _other_trainables(model, bank)
-        wants_rows = config.adaptive and config.scored and self.quadrature.samples_path
-        if wants_rows and config.path_pass == "mixed":
+        self._others = other_trainables(model, bank)
+        self._wants_rows = config.adaptive and config.scored and self.quadrature.samples_path
+        if self._wants_rows and config.path_pass == "mixed":
             self._check_mixed()
 
     def _check_mixed(self) -> None:
@@ -75,35 +73,50 @@ class PathPasses:
             )
         if self._others:
             names = [n for n, p in self.model.named_parameters() if any(p is other for other in self._others)]
+            names = names or ["parameters outside the model"]
             raise ValueError(
                 'expected only adapters and modules_to_save to be trainable for path_pass="mixed", got also '
                 f'{", ".join(names[:4])}; name their module in modules_to_save, or use path_pass="separate"'
             )
 
+    def spare(self, params: Iterable[nn.Parameter]) -> None:
+        """Parameters trained beside the model's own (a loss module's): path rows must not reach them either.
+
+        Raises:
+            ValueError: there are such parameters, and batches are mixed.
+        """
+        known = {id(p) for p in self._others} | _ours(self.model, self.bank)
+        self._others += [p for p in params if p.requires_grad and id(p) not in known]
+        if self._wants_rows and self.config.path_pass == "mixed":
+            self._check_mixed()
+
     # -- passes -------------------------------------------------------------------------------------------------------
 
-    def train(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
+    def train(self, task: Objective, batch: Any) -> Tensor:
         """An ordinary training pass; returns the detached loss."""
         self.mixed = self.sampled = False
-        loss = _checked(loss_fn(batch))
-        (loss if scale == 1.0 else loss * scale).backward()
-        return loss.detach()
+        return task.train_on(batch)
 
-    def train_and_sample(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
+    @property
+    def due(self) -> bool:
+        """Whether the next micro-batch is to be sampled."""
+        return self.in_window < self.config.window and self.in_window % self.config.ig_every == 0  # type: ignore[operator]
+
+    def train_and_sample(self, task: Objective, batch: Any) -> Tensor:
         """A training pass and, where the window wants one of this micro-batch, a sample of the path gradient."""
         config = self.config
         if self.in_window == 0:
             self.quadrature.start_window()
-        due = self.in_window < config.window and self.in_window % config.ig_every == 0  # type: ignore[operator]
+        due = self.due
         if due:
             self._open_accumulator()
         if config.estimator in ("on-path", "on-path-stratified"):
-            loss = self._on_path(loss_fn, batch, scale, due)
+            loss = self._on_path(task, batch, due)
         elif due:
             run = self._mixed if config.path_pass == "mixed" else self._separate
-            loss = run(loss_fn, batch, scale, self._draw(batch))
+            loss = run(task, batch, self._draw(batch))
         else:
-            loss = self.train(loss_fn, batch, scale)
+            loss = self.train(task, batch)
         if due:
             self._fold()
         self.sampled = due
@@ -164,44 +177,46 @@ class PathPasses:
             sample.endpoint / per_window,
         )
 
-    def _mixed(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows) -> Tensor:
-        """Training rows at alpha = 1 and path rows at theirs in one pass, each part rescaled from the joint mean to its own."""
+    def _mixed(self, task: Objective, batch: Any, path: _PathRows) -> Tensor:
+        """Training rows at alpha = 1 and path rows at theirs in one pass, each part rescaled from the joint loss to its own."""
         self.mixed = True
         bank, size = self.bank, batch_size(batch)
         terms = self._terms(batch, size)
         path_terms = terms.index_select(0, path.rows)
         train_total = terms.sum().clamp_(min=1.0)
-        path_mean = (path_terms.sum() / path.copies).clamp_(min=1.0)  # each copy of the sequences is a mean of its own
-        alpha = torch.cat((torch.ones_like(terms), path.alpha))
-        at_one = torch.full_like(terms, path.endpoint / scale)
-        weight = torch.cat((at_one, path.factor * (train_total / path_mean / scale)))
+        path_total = path_terms.sum()
+        path_mean = (path_total / path.copies).clamp_(min=1.0)  # each copy of the sequences is a mean of its own
         if not self._mean_checked:
-            self._check_mean(loss_fn, batch, path, terms, path_terms)
+            self._check_mean(task, batch, path, terms, path_terms)
+        divisor = train_total if task.items is None else task.items
+        joint = (train_total + path_total) / train_total
+        alpha = torch.cat((torch.ones_like(terms), path.alpha))
+        at_one = torch.ones_like(terms) * path.endpoint
+        if task.items is not None:
+            at_one = at_one * (task.items / train_total)
+        weight = task.unscaled(torch.cat((at_one, path.factor * (divisor / path_mean))))
         with bank.context.at(alpha, size, 0 if path.endpoint else size, weight):
-            loss = _checked(loss_fn(append_rows(batch, path.rows)))
-            joint = scale * (train_total + path_terms.sum()) / train_total
-            loss.backward(joint.to(loss.dtype))
-        return loss.detach()
+            # A sum over terms gives the training rows their share as it is; a mean was divided by the terms of both parts.
+            loss = task.train_on(append_rows(batch, path.rows), joint if task.items is None else None)
+        # What the loop's own code reports counts both parts over the terms of one.
+        return loss if task.items is None and task.train is None else loss / joint
 
     @torch.no_grad()
-    def _check_mean(self, loss_fn: LossFn, batch: Any, path: _PathRows, terms: Tensor, path_terms: Tensor) -> None:
-        """Once, at the first mixed batch: is the loss a mean over the counted terms? (The one place that reads from the device.)
+    def _check_mean(self, task: Objective, batch: Any, path: _PathRows, terms: Tensor, path_terms: Tensor) -> None:
+        """Once, at the first mixed batch: is the loss a mean (or sum) over the counted terms? (The one place that reads from the device.)
 
         Compares the joint loss with those of its parts, in evaluation mode; a loss that draws random numbers cannot be compared.
         """
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                train, again = loss_fn(batch), loss_fn(batch)
-                sampled, joint = loss_fn(take_rows(batch, path.rows)), loss_fn(append_rows(batch, path.rows))
-        finally:
-            for module in training:
-                module.training = True
-        total, sampled_total = terms.sum(), path_terms.sum()
-        all_terms = (total + sampled_total).clamp_(min=1.0)
-        expected = (total * _checked(train) + sampled_total * _checked(sampled)) / all_terms
-        values = torch.stack([v.to(torch.float64) for v in (train, again, joint, expected)]).tolist()
+        with evaluating(self.model):
+            train, again = task.loss_fn(batch), task.loss_fn(batch)
+            sampled, joint = task.loss_fn(take_rows(batch, path.rows)), task.loss_fn(append_rows(batch, path.rows))
+        if task.items is None:
+            total, sampled_total = terms.sum(), path_terms.sum()
+            all_terms = (total + sampled_total).clamp_(min=1.0)
+            expected = (total * checked(train) + sampled_total * checked(sampled)) / all_terms
+        else:
+            expected = checked(train) + checked(sampled)
+        values = torch.stack([checked(v).to(torch.float64) for v in (train, again, joint, expected)]).tolist()
         if values[0] != values[1] or abs(values[2] - values[3]) <= _MEAN_TOLERANCE * max(abs(values[3]), 1e-6):
             self._mean_checked = True  # not before: a caller who goes on after the error meets it again
             return
@@ -211,26 +226,31 @@ class PathPasses:
             'Controller(model, loss_terms=...), or use IGUConfig(path_pass="separate")'
         )
 
-    def _separate(self, loss_fn: LossFn, batch: Any, scale: float, path: _PathRows) -> Tensor:
+    def _separate(self, task: Objective, batch: Any, path: _PathRows) -> Tensor:
         """The training pass, then a pass of the path rows alone that trains nothing."""
         context = self.bank.context
+        factor = path.factor * path.copies
+        endpoint = path.alpha.new_full((1,), path.endpoint)
+        if task.items is not None:
+            terms = self._terms(batch, batch_size(batch))
+            path_total = terms.index_select(0, path.rows).sum().clamp_(min=1.0)
+            factor, endpoint = factor * (task.items / path_total), endpoint * (task.items / terms.sum().clamp_(min=1.0))
         if path.endpoint:
-            one = path.alpha.new_ones(1)
-            with context.at(one, 1, 0, one * (path.endpoint / scale)):
-                loss = self.train(loss_fn, batch, scale)
+            with context.at(torch.ones_like(endpoint), 1, 0, task.unscaled(endpoint)):
+                loss = self.train(task, batch)
         else:
-            loss = self.train(loss_fn, batch, scale)
+            loss = self.train(task, batch)
         for param in self._others:
             param.requires_grad_(False)
         try:
-            with context.at(path.alpha, 0, 0, path.factor * path.copies):
-                _checked(loss_fn(take_rows(batch, path.rows))).backward()
+            with context.at(path.alpha, 0, 0, task.unscaled(factor)):
+                task.sample_on(take_rows(batch, path.rows))
         finally:
             for param in self._others:
                 param.requires_grad_(True)
         return loss
 
-    def _on_path(self, loss_fn: LossFn, batch: Any, scale: float, due: bool) -> Tensor:
+    def _on_path(self, task: Objective, batch: Any, due: bool) -> Tensor:
         """The training pass itself runs on the path, and its gradient is the sample (the released code)."""
         stratified = self.config.estimator == "on-path-stratified"
         alphas = self.quadrature.on_path(batch_size(batch) if stratified else None)
@@ -239,10 +259,12 @@ class PathPasses:
         alpha = self._on_device([forward for forward, _ in pairs], dtype)
         if not due:
             with context.at(alpha):
-                return self.train(loss_fn, batch, scale)
-        weight = self._on_device([gradient / (self.quadrature.per_window * scale) for _, gradient in pairs], dtype)
-        with context.at(alpha, alpha.numel(), 0, weight):
-            return self.train(loss_fn, batch, scale)
+                return self.train(task, batch)
+        weight = self._on_device([gradient / self.quadrature.per_window for _, gradient in pairs], dtype)
+        if task.items is not None:
+            weight = weight * (task.items / self._terms(batch, batch_size(batch)).sum().clamp_(min=1.0))
+        with context.at(alpha, alpha.numel(), 0, task.unscaled(weight)):
+            return self.train(task, batch)
 
     # -- accumulators -------------------------------------------------------------------------------------------------
 
@@ -279,6 +301,13 @@ class PathPasses:
         """Follow the bank to another device."""
         self.absolute = None if self.absolute is None else self.absolute.to(device)
 
+    def reduce_window(self) -> None:
+        """Make the sums of an unfinished window those of all data-parallel processes: what one of them saves, all may go on from."""
+        if self.in_window and self.bank.context.accumulators:
+            _mean_over_processes(self.bank.path)
+        if self.in_window and self.absolute is not None:
+            _mean_over_processes(self.absolute)
+
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -312,16 +341,12 @@ def _mean_over_processes(flat: Tensor) -> Tensor:
     return flat
 
 
-def _checked(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(
-            f"expected loss_fn to return a scalar loss tensor, got {got}; return a mean over the batch's loss terms"
-        )
-    return loss.reshape(())
-
-
-def _other_trainables(model: nn.Module, bank: Bank) -> list[nn.Parameter]:
+def _ours(model: nn.Module, bank: Bank) -> set[int]:
     ours = {id(p) for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
-    ours |= {id(p) for saved in saved_modules(model).values() for p in saved.module.parameters()}
+    return ours | {id(p) for saved in saved_modules(model).values() for p in saved.module.parameters()}
+
+
+def other_trainables(model: nn.Module, bank: Bank) -> list[nn.Parameter]:
+    """Trainable parameters of the model that are neither adapters nor modules to save."""
+    ours = _ours(model, bank)
     return [p for p in model.parameters() if p.requires_grad and id(p) not in ours]

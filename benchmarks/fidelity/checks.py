@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from igulora.objective import Objective
 from igulora.path_pass import PathPasses
 
 from .measure import MEASURES, agreement, composite_trapezoid, difference, integrate, loss_change, top
@@ -64,7 +65,7 @@ def _mixed_against_separate(point: Point, batches: Sequence[Any]) -> dict[str, A
         config = dataclasses.replace(setting.config(point.config, 0), path_pass=way)
         passes = PathPasses(point.model, point.bank, config, None)
         for batch in batches:
-            passes.train_and_sample(point.problem.loss, batch, 1.0)
+            passes.train_and_sample(Objective(point.problem.loss), batch)
             point.bank.context.unstepped = 0
         found[way] = passes.close_window().clone()
     point.bank.grad.zero_()
