@@ -81,6 +81,8 @@ def put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
     """Write tensors into a new safetensors file, on the CPU and contiguous, and sync it; see :func:`put_json`."""
     ready = {k: v.detach().to("cpu").contiguous().clone() for k, v in tensors.items()}
     save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
+    # safetensors makes files that nobody else may read; a folder just made says what the umask allows.
+    os.chmod(path, path.parent.stat().st_mode & 0o666)
     _sync_file(path)
 
 

@@ -146,9 +146,7 @@ def test_only_safetensors_and_json(net, config, trainer, run, batches, tmp_path,
 
 def test_the_library_has_no_word_for_pickle() -> None:
     """Of all that reads pickles: none is called, in any file of the packages."""
-    words = re.compile(
-        r"\b(import c?[pP]ickle|from pickle|torch\.load\(|allow_pickle|joblib|shelve|marshal)"
-    )
+    words = re.compile(r"\b(import c?[pP]ickle|from pickle|torch\.load\(|allow_pickle|joblib|shelve|marshal)")
     root = Path(__file__).parents[2]
     sources = [path for package in ("igulora", "kernels") for path in (root / package).rglob("*.py")]
     assert len(sources) > 50

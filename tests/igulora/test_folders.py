@@ -81,6 +81,16 @@ def test_a_folder_in_the_place_of_a_file_is_left_alone(tmp_path: Path) -> None:
         put(tmp_path / "file", {"a": "1"})
 
 
+def test_others_may_read_what_the_umask_lets_them(net, config, trainer, tmp_path: Path) -> None:
+    model, controller, optimizer = trainer(net(), config())
+    before = os.umask(0o027)
+    try:
+        folder = save_checkpoint(tmp_path / "c", model, optimizer, controller)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
 def test_folders_of_killed_saves_are_removed_and_those_of_running_ones_are_not(tmp_path: Path) -> None:
     (tmp_path / f"{PARTIAL}dead").mkdir()
     (tmp_path / f"{PARTIAL}dead" / "a").write_text("half")
