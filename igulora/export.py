@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import saved_modules
+from .adapter_file import read_adapter
 from .bank import find_bank
-from .checkpoint import read_adapter
-from .files import write_json, write_tensors
+from .files import put_json, put_tensors
+from .folders import save_whole
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -63,9 +64,11 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     for name, state in saved.items():
         tensors |= {f"base_model.model.{name}.{key}": value for key, value in state.items()}
-    write_tensors(directory / PEFT_WEIGHTS, tensors)
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    write_json(directory / PEFT_CONFIG, _peft_config(ranks, others, sorted(saved), dropout, task_type, base_model))
+    config = _peft_config(ranks, others, sorted(saved), dropout, task_type, base_model)
+    with save_whole(directory) as folder:
+        put_tensors(folder / PEFT_WEIGHTS, tensors)
+        put_json(folder / PEFT_CONFIG, config)
     return directory
 
 

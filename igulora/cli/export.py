@@ -37,6 +37,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"expected an empty or new folder for --output, found files in {args.output}; choose another")
     base = args.base_model
     if base is None and (args.adapter / RUN_FILE).is_file():
-        name = read_json(args.adapter / RUN_FILE)["model"]
+        name = read_json(args.adapter / RUN_FILE).get("model")
         base = DEMO_BASE if name == "demo" else name
     export_peft(args.adapter, args.output, base)
