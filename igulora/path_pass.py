@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +209,7 @@ class PathPasses:
 
         Compares the joint loss with those of its parts, in evaluation mode; a loss that draws random numbers cannot be compared.
         """
-        with evaluating(self.model):
+        with evaluating(self.model), _uncompiled():
             train, again = task.loss_fn(batch), task.loss_fn(batch)
             sampled, joint = task.loss_fn(take_rows(batch, path.rows)), task.loss_fn(append_rows(batch, path.rows))
         if task.items is None:
@@ -332,6 +334,13 @@ class PathPasses:
             self.bank.path.copy_(tensors["path"])
         if "absolute" in tensors:
             self.absolute = tensors["absolute"].to(self.bank.device)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled functions run as written inside: a comparison made once is not worth four graphs."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _mean_over_processes(flat: Tensor) -> Tensor:
