@@ -31,10 +31,7 @@ class Overflows(IGUTrainer):
         return loss * torch.inf if self.model.training and self.state.global_step in self.at else loss
 
 
-OPTIONS = [
-    {"path_pass": "mixed"}, {"path_pass": "separate"}, {"estimator": "on-path"}, {"estimator": "trapezoid"},
-    {"method": "adalora"},
-]  # fmt: skip
+OPTIONS = [{"path_pass": "mixed"}, {"estimator": "trapezoid", "path_pass": "separate"}, {"method": "adalora"}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -44,7 +41,7 @@ def test_a_loss_scale_changes_nothing(llama, rows, arguments, config, state_of, 
     for factor in (None, 2.0**7):
         model = igulora.adapt(llama(), config(orthogonality=0.1, **options))
         # Clipping would unscale first, which accelerate does where it made the scaler itself.
-        args = arguments(gradient_accumulation_steps=2, max_grad_norm=0.0)
+        args = arguments(max_grad_norm=0.0)
         trainer = IGUTrainer(model=model, args=args, train_dataset=rows())
         if factor:
             with_scaler(trainer, factor)
@@ -57,7 +54,7 @@ def test_the_callbacks_penalty_takes_the_loss_scale(llama, rows, arguments, conf
     ends = []
     for factor in (None, 2.0**7):
         model = igulora.adapt(llama(), config(method="adalora", init="gaussian", orthogonality=0.5))
-        args = arguments(gradient_accumulation_steps=2, max_grad_norm=0.0)
+        args = arguments(max_grad_norm=0.0)
         trainer = transformers.Trainer(model=model, args=args, train_dataset=rows(), callbacks=[IGUCallback()])
         if factor:
             with_scaler(trainer, factor)
@@ -70,7 +67,7 @@ def test_the_callbacks_penalty_takes_the_loss_scale(llama, rows, arguments, conf
 def test_a_skipped_step_leaves_scores_untouched(llama, rows, arguments, config, options) -> None:
     """And the weights; the schedule goes on, in step with the Trainer's."""
     model = igulora.adapt(llama(), config(orthogonality=0.1, window=2, **options))
-    trainer = Overflows(model=model, args=arguments(gradient_accumulation_steps=2), train_dataset=rows())
+    trainer = Overflows(model=model, args=arguments(), train_dataset=rows())
     trainer.args.max_grad_norm = 0.0
     trainer.at = (5,)
     with_scaler(trainer, 2.0**7)
@@ -98,24 +95,23 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("path_pass", ["mixed", "separate"])
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "path_pass"),
     [
-        {"bf16": True},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"optim": "adamw_torch"},
-        {"optim": "sgd", "learning_rate": 0.1},
+        ({"bf16": True}, "mixed"),
+        ({"bf16": True}, "separate"),
+        ({"gradient_checkpointing": True}, "mixed"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "separate"),
+        ({"optim": "sgd", "learning_rate": 0.1}, "mixed"),
     ],
-    ids=lambda c: "-".join(c),
+    ids=["bf16-mixed", "bf16-separate", "checkpointing", "reentrant", "sgd"],
 )
 # The older name works with every version; from 5.20 or so it is deprecated.
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning:transformers")
 def test_arguments_of_the_trainer(llama, rows, arguments, config, changes, path_pass) -> None:
     """The same losses as with plain arguments (and the same optimizer)."""
     runs = []
-    base = {"logging_steps": 1, "gradient_accumulation_steps": 2}
+    base = {"logging_steps": 1}
     for extra in (changes, {k: v for k, v in changes.items() if k in ("optim", "learning_rate")}):
         model = igulora.adapt(llama(), config(path_pass=path_pass))
         runs.append(losses(IGUTrainer(model=model, args=arguments(**{**base, **extra}), train_dataset=rows())))
