@@ -67,7 +67,7 @@ def test_the_callbacks_penalty_takes_the_loss_scale(llama, rows, arguments, conf
 def test_a_skipped_step_leaves_scores_untouched(llama, rows, arguments, config, options) -> None:
     """And the weights; the schedule goes on, in step with the Trainer's."""
     model = igulora.adapt(llama(), config(orthogonality=0.1, window=2, **options))
-    trainer = Overflows(model=model, args=arguments(), train_dataset=rows())
+    trainer = Overflows(model=model, args=arguments(gradient_accumulation_steps=2), train_dataset=rows())
     trainer.args.max_grad_norm = 0.0
     trainer.at = (5,)
     with_scaler(trainer, 2.0**7)
