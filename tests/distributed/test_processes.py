@@ -86,8 +86,8 @@ AGREE: dict[str, dict[str, Any]] = {
     "uneven, by process": {"config": {"estimator": "gauss"}, "uneven": [3, 1], "joint_mean": False},
     "dropout": {"config": {"estimator": "gauss", "dropout": 0.2}},
 }
-# A run that is saved in the middle of a window, or at the end of one, and goes on from there.
-MIDDLE, END, STOP = 14, 16, 30
+# A run that is saved in the middle of a window, and goes on from there.
+MIDDLE, STOP = 14, 30
 SCHEDULE = {"total_steps": STOP, "t_init": 13, "t_final": 6, "window": 4}
 SAVED: dict[str, dict[str, Any]] = {
     "gauss": {"estimator": "gauss"},
@@ -99,6 +99,7 @@ DROPOUT = {"estimator": "gauss", "dropout": 0.3}
 LANGUAGE: dict[str, dict[str, Any]] = {
     "ddp": {},
     "fsdp2, checkpoints": {"fully_sharded": True, "recompute": True},
+    "each process alike": {"joint_mean": False},
 }
 Launch = Callable[..., dict[str, list[dict[str, Tensor]]]]
 Results = dict[str, list[dict[str, Tensor]]]
@@ -122,12 +123,10 @@ def results(launcher: Launch, folder: Path) -> Results:
         options = resumable(folder / name, config)
         four[f"saved {name}"] = "resumed", {**options, "save_at": MIDDLE}
         two[f"on with two: {name}"] = "resumed", {**options, "load": True}
-    for runs, at, place in ((four, MIDDLE, "middle"), (two, END, "end")):
-        options = resumable(folder / place, DROPOUT)
-        runs |= {
-            place: ("resumed", {**options, "save_at": at}),
-            f"{place} again": ("resumed", {**options, "load": True}),
-        }
+    for runs, name in ((four, "dropout, four"), (two, "dropout, two")):
+        options = resumable(folder / name, DROPOUT)
+        runs[name] = "resumed", {**options, "save_at": MIDDLE}
+        runs[f"{name}, again"] = "resumed", {**options, "load": True}
     two |= {
         "refusals": ("refusals", {}),
         **{f"language: {name}": ("language", options) for name, options in LANGUAGE.items()},
@@ -157,14 +156,14 @@ def assert_processes_equal(ranks: list[dict[str, Tensor]]) -> None:
             assert torch.equal(ranks[0][name], other[name]), name
 
 
-def assert_near(some: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def assert_near(some: dict[str, Tensor], other: dict[str, Tensor], rtol: float = 1e-9, atol: float = 1e-12) -> None:
     """Masks exactly; weights and score states to the rounding of float64 over a run."""
     assert 0 < other["live"].sum() < other["live"].numel()
     assert other["mean"].abs().max() > 1e-4
     assert torch.equal(some["live"], other["live"])
     assert torch.equal(some["mask"], other["mask"])
     for name in ("weight", "mean", "deviation"):
-        torch.testing.assert_close(some[name].detach(), other[name].detach(), rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(some[name].detach(), other[name].detach(), rtol=rtol, atol=atol, msg=name)
 
 
 def assert_equals_one_process(ranks: list[dict[str, Tensor]], one: dict[str, Tensor]) -> None:
@@ -218,11 +217,18 @@ def test_joint_mean_costs_one_number_per_micro_batch(name: str, results: Results
     assert set(sizes) <= {1, results[name][0]["weight"].numel()}
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
-def test_unequal_numbers_of_tokens_weigh_what_they_are(name: str, results: Results, worker: ModuleType) -> None:
-    ranks = results[f"language: {name}"]
-    assert_processes_equal(ranks)
-    assert_equals_one_process(ranks, worker.language(0, 1))
+def test_unequal_numbers_of_tokens_weigh_what_they_are(results: Results, worker: ModuleType) -> None:
+    """To float32, in which transformers computes the loss; without ``joint_mean`` far from it."""
+    one = worker.language(0, 1)
+    for name in LANGUAGE:
+        ranks = results[f"language: {name}"]
+        assert_processes_equal(ranks)
+        if name == "each process alike":
+            assert (ranks[0]["weight"] - one["weight"]).abs().max() > 1e-3
+        else:
+            assert_near(ranks[0], one, rtol=1e-4, atol=1e-8)
+            losses = torch.stack([rank["losses"] for rank in ranks]).mean(0)
+            torch.testing.assert_close(losses, one["losses"], rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_work_is_refused_in_every_process(results: Results) -> None:
@@ -263,21 +269,20 @@ def test_accelerate_keeps_uneven_data_in_step(results: Results) -> None:
     assert [rank["steps"].item() for rank in ranks] == [20, 20]
 
 
-def test_a_run_goes_on_bit_by_bit_from_the_end_of_a_window(results: Results) -> None:
-    """2 -> 2 processes, each with its own generator for dropout."""
-    for whole, again in zip(results["end"], results["end again"], strict=True):
-        assert again["first"].item() == END
-        assert_processes_equal([whole, again])
-        assert torch.equal(whole["losses"][END:], again["losses"])
+@pytest.mark.parametrize("name", ["dropout, two", "dropout, four"])
+def test_a_run_goes_on_with_as_many_processes(name: str, results: Results) -> None:
+    """From the middle of a window, each with its own generator for dropout.
 
-
-def test_a_run_goes_on_to_rounding_from_the_middle_of_a_window(results: Results) -> None:
-    """4 -> 4: each goes on from the mean of the samples so far, and not from its own."""
-    for whole, again in zip(results["middle"], results["middle again"], strict=True):
+    Two repeat the bits. Four may add up in another order: DistributedDataParallel sorts its buckets anew after its first step.
+    """
+    for whole, again in zip(results[name], results[f"{name}, again"], strict=True):
         assert again["first"].item() == MIDDLE
         assert_near(again, whole)
         torch.testing.assert_close(whole["losses"][MIDDLE:], again["losses"], rtol=1e-9, atol=1e-12)
-    assert (results["middle"][0]["weight"] - results["saved gauss"][0]["weight"]).abs().max() > 1e-3  # dropout acts
+        if name == "dropout, two":
+            assert_processes_equal([whole, again])
+            assert torch.equal(whole["losses"][MIDDLE:], again["losses"])
+    assert (results["dropout, four"][0]["weight"] - results["saved gauss"][0]["weight"]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", SAVED)

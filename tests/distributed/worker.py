@@ -345,7 +345,7 @@ def accelerated(
 
 
 def language(
-    rank: int, processes: int, *, fully_sharded: bool = False, recompute: bool = False, estimator: str = "trapezoid"
+    rank: int, processes: int, *, fully_sharded: bool = False, recompute: bool = False, joint_mean: bool = True
 ) -> dict[str, Tensor]:
     """A tiny Llama whose rows have unequal numbers of tokens to predict, weighed by ``joint_mean``."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -354,7 +354,7 @@ def language(
     shape = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
     model = LlamaForCausalLM(LlamaConfig(**shape, **heads)).double()
-    igulora.adapt(model, igulora.IGUConfig(**{**SCHEDULE, "estimator": estimator, "nodes": 5}))
+    igulora.adapt(model, igulora.IGUConfig(**{**SCHEDULE, "estimator": "trapezoid", "nodes": 5}))
     model.train()
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -363,7 +363,7 @@ def language(
         igulora.distributed.shard(model)
     elif processes > 1:
         replica = DistributedDataParallel(model)
-    ctl = igulora.Controller(replica, joint_mean=True)
+    ctl = igulora.Controller(replica, joint_mean=joint_mean)
     optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=1e-2, lambda_lr_ratio=1.0))
     losses = []
     for step in range(STEPS):
