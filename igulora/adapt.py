@@ -14,6 +14,7 @@ from .layers import AdaptedLayer, wrap
 from .recompute import Recompute
 from .saved import SavedModule
 from .targets import find_saved, find_targets
+from .unwrap import reshard, unwrap
 
 
 def _rank_of(name: str, config: IGUConfig) -> int:
@@ -148,7 +149,7 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The modules trained whole, by full name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, SavedModule)}
+    return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, SavedModule)}
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -160,6 +161,7 @@ def merge(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     if any(layer.merged for layer in layers):
         raise ValueError("expected an unmerged model, got a merged one; call igulora.unmerge(model) first")
+    reshard(model)
     for layer in layers:
         layer.merge()
     return model
@@ -174,6 +176,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     if not all(layer.merged for layer in layers):
         raise ValueError("expected a merged model, got an unmerged one; call igulora.merge(model) first")
+    reshard(model)
     for layer in layers:
         layer.unmerge()
     return model
@@ -188,12 +191,16 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not adapted.
     """
+    model = unwrap(model)
     layers = adapted_layers(model)
     merged = bool(layers) and all(layer.merged for layer in layers)
     swaps: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in layers}
     for saved in saved_modules(model).values():
         swaps[id(saved)] = saved.module.requires_grad_(False) if merged else saved.original
     _replace(model, swaps)
+    averaging = vars(model).pop("igulora_averaging", None)
+    if averaging is not None:
+        averaging.stop()
     del model.igulora_bank
     del model.igulora_config
     return model

@@ -13,6 +13,7 @@ from .adapter_file import read_adapter
 from .bank import find_bank
 from .files import put_json, put_tensors
 from .folders import save_whole
+from .unwrap import unwrap
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -44,6 +45,7 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
     """
     directory = Path(directory)
     if isinstance(source, nn.Module):
+        source = unwrap(source)
         factors, saved, dropout = _from_model(source)
         base_model = base_model or getattr(getattr(source, "config", None), "_name_or_path", None)
         task_type = _task_type(source)
