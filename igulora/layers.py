@@ -309,7 +309,7 @@ class FusedSVDConv2d(_GivenS):
         )
         # In a tensor of its own: y lies with its channels first, and its strides are the model's to choose.
         term = y.new_zeros((*S.shape[:-1], self.out_channels))
-        term = svd_update(term, None, P, E, Q, self.mask, alpha, S=S.view(-1, S.shape[-1]), **update)
+        term = svd_update(term, None, P, E, Q, self.mask, alpha, S=S.flatten(0, -2), **update)
         return y + term.permute(0, 3, 1, 2).reshape(y.shape)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 
 from .backend import as_given, past_dispatcher, runs_fused
 from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
@@ -160,8 +161,12 @@ class _InPlace(torch.autograd.Function):
 
 
 def _may_be_written(y: Tensor, x: Tensor) -> bool:
-    """Not x itself, and no view that was made without gradients: autograd refuses to change those."""
-    return y.is_contiguous() and y is not x and not (y._is_view() and y.grad_fn is None)
+    """Not x itself, and no view that was made without gradients or inside a function of Python's: autograd refuses to change those."""
+    if not y.is_contiguous() or y is x:
+        return False
+    if not y._is_view():
+        return True
+    return y.grad_fn is not None and _autograd._get_creation_meta(y) == _autograd.CreationMeta.DEFAULT
 
 
 def svd_update(

@@ -45,14 +45,15 @@ class Linear4bitBase(Base):
         x (bitsandbytes 0.50), and layers whose rows are no multiple of 32 stop with an assertion.
         """
         module = self.module
-        if not (x.device.type == "cpu" and getattr(module, "support_avx512bf16_for_cpu", False)):
+        packs = getattr(module, "support_avx512bf16_for_cpu", False)
+        if not packs or x.device.type != "cpu":
             return module(x)
         self._unpack()
         module.support_avx512bf16_for_cpu = False
         try:
             return module(x)
         finally:
-            module.support_avx512bf16_for_cpu = True
+            module.support_avx512bf16_for_cpu = packs
 
     def _unpack(self) -> None:
         weight = self.module.weight

@@ -37,17 +37,18 @@ class GgufBase(PackedBase):
         if kernel_can_read(self.module.weight):
             return self.module(x)
         # transformers' own forward needs a kernel for few rows, whatever the device.
-        y = torch.nn.functional.linear(x, self._unpacked(x.dtype))
+        order = self.module.input_permutation
+        x = x if order is None else x.index_select(-1, order)
+        y = torch.nn.functional.linear(x, self._blocks(x.dtype))
         return y if self.module.bias is None else y + self.module.bias.to(y.dtype)
 
     def dense(self) -> Tensor:
-        return self._unpacked(torch.float32)
+        blocks, order = self._blocks(torch.float32), self.module.input_permutation
+        return blocks if order is None else torch.empty_like(blocks).index_copy_(1, order, blocks)
 
-    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+    def _blocks(self, dtype: torch.dtype) -> Tensor:
+        """The weight as it lies in the file: its columns may be in another order than the input's features."""
         from transformers.integrations.gguf.kernels import dequantize_blocks
 
         module = self.module
-        dense = dequantize_blocks(module.weight, module.ggml_type, self.out_features, self.in_features, dtype)
-        if module.input_permutation is None:
-            return dense
-        return torch.empty_like(dense).index_copy_(1, module.input_permutation, dense)
+        return dequantize_blocks(module.weight, module.ggml_type, self.out_features, self.in_features, dtype)

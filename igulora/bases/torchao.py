@@ -54,10 +54,14 @@ class TorchAOBase(PackedBase):
         return self.module.weight.dequantize()
 
     def assign(self, dense: Tensor) -> float:
-        old = self.module.weight
-        made = _QUANTISE[self._form](old, dense.to(old.dtype))
-        self.module.weight = nn.Parameter(made, requires_grad=False)
-        return relative_error(self.dense(), dense)
+        old, wanted = self.module.weight, dense.to(self.module.weight.dtype)
+        # Fresh scales follow a grown weight. The old ones are better for a small update: numbers that fill their range on one side only
+        # (int4's -8 to 7) would be laid out anew even where nothing changes.
+        made = [_QUANTISE[self._form](old, wanted, keep) for keep in (False, True)]
+        errors = [relative_error(weight.dequantize(), dense) for weight in made]
+        best = min(range(2), key=errors.__getitem__)
+        self.module.weight = nn.Parameter(made[best], requires_grad=False)
+        return errors[best]
 
     def snapshot(self) -> Any:
         return self.module.weight
@@ -75,13 +79,15 @@ def _mapping(old: Any) -> Any:
     return kinds.ASYMMETRIC if _asymmetric(old) else kinds.SYMMETRIC
 
 
-def _int8(old: Any, dense: Tensor) -> Tensor:
+def _int8(old: Any, dense: Tensor, keep_scale: bool) -> Tensor:
     granularity = sys.modules["torchao.quantization.granularity"]
     whole = list(old.block_size) == list(old.shape)
     return type(old).from_hp(
         dense,
         granularity.PerTensor() if whole else granularity.PerRow(),
         mapping_type=_mapping(old),
+        scale=old.scale if keep_scale else None,
+        zero_point=old.zero_point if keep_scale else None,
         act_quant_kwargs=old.act_quant_kwargs,
         act_quant_scale=old.act_quant_scale,
         act_quant_zero_point=old.act_quant_zero_point,
@@ -90,13 +96,20 @@ def _int8(old: Any, dense: Tensor) -> Tensor:
     )
 
 
-def _intx(old: Any, dense: Tensor) -> Tensor:
+def _intx(old: Any, dense: Tensor, keep_scale: bool) -> Tensor:
+    options: dict[str, Any] = {"mapping_type": _mapping(old)}
+    if keep_scale:
+        options |= {
+            "intx_choose_qparams_algorithm": None,
+            "custom_scale": old.scale,
+            "custom_zero_point": old.zero_point,
+        }
     return type(old).from_hp(
         dense,
         tuple(old.block_size),
         old.target_dtype,
-        mapping_type=_mapping(old),
         activation_quantization=old.activation_quantization,
+        **options,
     )
 
 
