@@ -186,7 +186,9 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def merge_errors(model: nn.Module) -> dict[str, float]:
-    """By layer, how far merged weights are from base plus update, as a share of their norm; 0.0 for weights that are not quantised.
+    """By layer, how far a merged weight is from base plus update, as a share of the update's norm.
+
+    1 is as far off as without the update: quantising dropped it. 0.0 for weights that are not quantised.
 
     Raises:
         ValueError: the model is not adapted, or not merged.
@@ -206,9 +208,10 @@ def _warn_of_loss(names: dict[str, AdaptedLayer]) -> None:
     size = float(layer.base.dense().float().norm())
     share = float(layer.delta_weight().norm()) / size if size else 0.0
     warnings.warn(
-        f"igulora.merge quantised {len(lossy)} weights anew, which moved them by up to {layer.merge_error:.2%} of their norm "
-        f"({worst}, {layer.base.kind}, where the update itself is {share:.2%}); igulora.merge_errors(model) has all. The adapter beside "
-        "the unmerged model, or merged into the unquantised one, loses nothing",
+        f"igulora.merge quantised {len(lossy)} weights anew, which keeps an update only as far as it is coarser than what the weight can "
+        f"hold: errors of up to {layer.merge_error:.0%} of the update ({worst}, {layer.base.kind}; the update is {share:.2%} of the "
+        "weight). igulora.merge_errors(model) has all. The adapter beside the unmerged model, or merged into the unquantised one, loses "
+        "nothing",
         MergeWarning,
         stacklevel=3,
     )

@@ -66,8 +66,8 @@ class AdaptedLayer(SVDAdapter):
         options: ``lora_alpha``, ``dropout``, ``init``, ``init_lambda`` and ``generator`` of :class:`SVDAdapter`.
 
     Attributes:
-        merge_error: how far a merged weight is from base plus update because its storage is coarser than 16 bits, as a share of the
-            weight's norm; 0.0 for weights that are not quantised.
+        merge_error: how far a merged weight is from base plus update because it is quantised, as a share of the update's norm: 1 is as far
+            off as without the update. 0.0 for weights that are not quantised.
 
     Raises:
         ValueError: the layer cannot be adapted (says why), or an argument is out of range.
@@ -122,7 +122,9 @@ class AdaptedLayer(SVDAdapter):
         if fixed is not None:
             raise ValueError(f"expected a weight that can be written, got {base.kind}: {fixed}")
         self._before = base.snapshot()
-        self.merge_error = base.assign(base.dense().to(self.lora_P.dtype) + self.delta_weight())
+        update = self.delta_weight()
+        missed, size = base.assign(base.dense().to(update.dtype) + update), float(update.norm())
+        self.merge_error = missed / size if size else missed
         self.merged = True
         return self.merge_error
 

@@ -32,4 +32,4 @@ def describe(module: nn.Module) -> Base | None:
     return None
 
 
-__all__ = ["Base", "Conv2dBase", "EmbeddingBase", "describe", "is_plain_product"]
+__all__ = ["Base", "Conv1DBase", "Conv2dBase", "EmbeddingBase", "describe", "is_plain_product"]

@@ -62,7 +62,7 @@ class Base:
         raise NotImplementedError
 
     def assign(self, dense: Tensor) -> float:
-        """Store W; returns how far the stored numbers are from ``dense`` beyond rounding to the weight's dtype, as a share of its norm.
+        """Store W; returns how far the stored numbers are from ``dense`` (Frobenius) beyond rounding to the weight's dtype.
 
         Only where :meth:`fixed` is None.
         """
@@ -87,8 +87,6 @@ def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     return type(module).forward is cls.forward and "forward" not in vars(module)
 
 
-def relative_error(stored: Tensor, wanted: Tensor) -> float:
-    """``|stored - wanted| / |wanted|`` (Frobenius), 0 where both are zero."""
-    wanted = wanted.to(torch.float32)
-    size = float(wanted.norm())
-    return float((stored.to(torch.float32) - wanted).norm()) / size if size else 0.0
+def distance(stored: Tensor, wanted: Tensor) -> float:
+    """``|stored - wanted|`` (Frobenius)."""
+    return float((stored.to(torch.float32) - wanted.to(torch.float32)).norm())

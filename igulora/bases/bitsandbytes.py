@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Base, is_kind, relative_error
+from .base import Base, distance, is_kind
 
 
 def _functional() -> Any:
@@ -77,7 +77,7 @@ class Linear4bitBase(Base):
             quant_storage=weight.data.dtype,
         )
         self.module.quant_state = weight.quant_state
-        return relative_error(self.dense(), dense)
+        return distance(self.dense(), dense)
 
     def snapshot(self) -> Any:
         self._unpack()
@@ -122,7 +122,7 @@ class Linear8bitBase(Base):
     def assign(self, dense: Tensor) -> float:
         numbers, scales, _ = _functional().int8_vectorwise_quant(dense.to(torch.float16).contiguous())
         self.restore((numbers, scales))
-        return relative_error(self.dense(), dense)
+        return distance(self.dense(), dense)
 
     def snapshot(self) -> Any:
         return self.module.weight.data, self._scales()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import relative_error, runs_as
+from .base import distance, runs_as
 from .packed import PackedBase
 
 
@@ -58,7 +58,7 @@ class TorchAOBase(PackedBase):
         # Fresh scales follow a grown weight. The old ones are better for a small update: numbers that fill their range on one side only
         # (int4's -8 to 7) would be laid out anew even where nothing changes.
         made = [_QUANTISE[self._form](old, wanted, keep) for keep in (False, True)]
-        errors = [relative_error(weight.dequantize(), dense) for weight in made]
+        errors = [distance(weight.dequantize(), dense) for weight in made]
         best = min(range(2), key=errors.__getitem__)
         self.module.weight = nn.Parameter(made[best], requires_grad=False)
         return errors[best]

@@ -163,8 +163,7 @@ _F64 = torch.float64
 CASES = {
     "conv1d": _stack(_conv1d, _F64),
     "nf4": _stack(bnb4, torch.float32, **_PACKED),
-    "nf4-double": _stack(lambda: bnb4(double=True), torch.float32, **_PACKED),
-    "fp4": _stack(lambda: bnb4("fp4"), torch.float32, **_PACKED),
+    "fp4-double": _stack(lambda: bnb4("fp4", double=True), torch.float32, **_PACKED),
     "llm.int8": _stack(bnb8, torch.float32, **_PACKED),
     "torchao-int8": _stack(lambda: torchao("int8"), torch.float32, pickles=False, **_PACKED),
     "torchao-int4": _stack(lambda: torchao("int4"), torch.float32, pickles=False, **_PACKED),

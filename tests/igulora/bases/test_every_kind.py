@@ -125,7 +125,7 @@ def _numbers(t: Tensor) -> Tensor:
 
 def test_peft_959_merging_and_unmerging(case: Case) -> None:
     model, x = shaken(adapted(case), size=0.3).eval(), case.inputs(0, 3)
-    y, plain = model(x), case.build().eval()(x)
+    y, plain = model(x).detach(), case.build().eval()(x).detach()
     before = {n: _numbers(p).clone() for n, p in model.named_parameters()}
     if not case.merges:
         with pytest.raises(ValueError, match=r"expected weights that can be written, got 'base' \(GGUF\).*export_peft"):
@@ -135,15 +135,15 @@ def test_peft_959_merging_and_unmerging(case: Case) -> None:
             model.base.merge()
         return
     if case.quantised:
+        base, update = model.base.base.dense().float(), model.base.delta_weight().detach()
         with pytest.warns(igulora.MergeWarning, match=r"quantised 1 weights anew, .*\(base, "):
             igulora.merge(model)
-        error = igulora.merge_errors(model)["base"]
-        wanted = densified(model).base.W
-        assert 1e-4 < error < 0.2
-        assert igulora.merge_errors(model)["first"] == 0.0
-        assert wanted.shape == (model.base.out_features, model.base.in_features)
-        assert_near(model(x), y, 2 * error)
-        assert float((model(x) - plain).norm()) > 2 * float((model(x) - y).norm())  # the update survived
+        errors = igulora.merge_errors(model)
+        missed = (model.base.base.dense().float() - (base + update)).norm() / update.norm()
+        assert errors == {"first": 0.0, "base": pytest.approx(float(missed))}
+        assert 1e-3 < errors["base"] < 1.0
+        merged = model(x).detach()
+        assert (merged - plain).norm() > 2 * (merged - y).norm()  # the update survived
     else:
         igulora.merge(model)
         torch.testing.assert_close(model(x), y)
@@ -214,6 +214,8 @@ def test_exported_factors_are_the_update(case: Case, tmp_path) -> None:
         assert_near((B @ A).to(layer.lora_P.dtype), layer.delta_weight().detach(), 1e-5)
 
 
+# Dynamo makes an instance of every autograd function that it meets, those of bitsandbytes too.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["nf4", "torchao-int8", "gguf-q8_0", "embedding", "conv2d"])
 def test_compiled_whole(name: str) -> None:
     case = CASES[name]

@@ -19,48 +19,52 @@ package = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 kernels = pytest.importorskip("transformers.integrations.gguf.kernels")
 
-HIDDEN, INNER, LAYERS, HEADS, GROUPS, VOCAB = 64, 128, 2, 4, 2, 96
+HIDDEN, INNER, HEADS, GROUPS, VOCAB, LINEARS = 64, 128, 4, 2, 96, 12
 
 
 def file_of(path: Path) -> Path:
-    """A Llama in Q8_0 and Q4_0 as llama.cpp's converter writes it."""
-    writer = package.GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
+    """An LFM2 of a convolution and an attention block, in Q8_0 and Q4_0: one of the architectures that transformers leaves packed."""
+    writer = package.GGUFWriter(path, "lfm2")
+    writer.add_block_count(2)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
-    writer.add_head_count_kv(GROUPS)
+    writer.add_head_count_kv([0, GROUPS])
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_vocab_size(VOCAB)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_shortconv_l_cache(3)
+    writer.add_token_list([f"<{i}>" for i in range(VOCAB)])
     rng = numpy.random.default_rng(0)
 
     def add(name: str, *shape: int, kind: str | None = None) -> None:
-        values = rng.standard_normal(shape, dtype=numpy.float32) * 0.1 if len(shape) > 1 else numpy.ones(shape, "float32")
+        one = numpy.ones(shape, numpy.float32)
+        values = rng.standard_normal(shape, numpy.float32) * 0.1 if len(shape) > 1 else one
         if kind is None:
-            writer.add_tensor(name, values)
+            writer.add_tensor(f"{name}.weight", values)
         else:
             number = package.GGMLQuantizationType[kind]
-            writer.add_tensor(name, package.quants.quantize(values, number), raw_dtype=number)
+            writer.add_tensor(f"{name}.weight", package.quants.quantize(values, number), raw_dtype=number)
 
-    add("token_embd.weight", VOCAB, HIDDEN)
-    add("output.weight", VOCAB, HIDDEN)
-    add("output_norm.weight", HIDDEN)
-    narrow = HIDDEN * GROUPS // HEADS
-    for i in range(LAYERS):
-        for name, rows, columns, kind in (
-            ("attn_q", HIDDEN, HIDDEN, "Q8_0"),
-            ("attn_k", narrow, HIDDEN, "Q8_0"),
-            ("attn_v", narrow, HIDDEN, "Q8_0"),
-            ("attn_output", HIDDEN, HIDDEN, "Q4_0"),
-            ("ffn_gate", INNER, HIDDEN, "Q4_0"),
-            ("ffn_up", INNER, HIDDEN, "Q4_0"),
-            ("ffn_down", HIDDEN, INNER, "Q4_0"),
+    add("token_embd", VOCAB, HIDDEN)
+    add("output", VOCAB, HIDDEN)
+    add("token_embd_norm", HIDDEN)
+    for i in range(2):
+        for norm in ("attn_norm", "ffn_norm"):
+            add(f"blk.{i}.{norm}", HIDDEN)
+        for name, rows, columns in (
+            ("ffn_gate", INNER, HIDDEN),
+            ("ffn_up", INNER, HIDDEN),
+            ("ffn_down", HIDDEN, INNER),
         ):
-            add(f"blk.{i}.{name}.weight", rows, columns, kind=kind)
-        add(f"blk.{i}.attn_norm.weight", HIDDEN)
-        add(f"blk.{i}.ffn_norm.weight", HIDDEN)
+            add(f"blk.{i}.{name}", rows, columns, kind="Q4_0")
+    add("blk.0.shortconv.in_proj", 3 * HIDDEN, HIDDEN, kind="Q8_0")
+    add("blk.0.shortconv.out_proj", HIDDEN, HIDDEN, kind="Q8_0")
+    add("blk.0.shortconv.conv", HIDDEN, 3)
+    for name, heads in (("attn_q", HEADS), ("attn_k", GROUPS), ("attn_v", GROUPS), ("attn_output", HEADS)):
+        add(f"blk.1.{name}", HIDDEN * heads // HEADS, HIDDEN, kind="Q8_0")
+    for norm in ("attn_q_norm", "attn_k_norm"):
+        add(f"blk.1.{norm}", HIDDEN // HEADS)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -90,8 +94,9 @@ def packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_model_that_transformers_loads(packed_file: Path, tmp_path: Path) -> None:
     packed, dense = load(packed_file, False), load(packed_file, True)
-    kinds = {type(m).__name__ for n, m in packed.named_modules() if n.endswith("_proj")}
-    assert kinds == {"GgufLinear"}
+    kinds = [type(m).__name__ for m in packed.modules()]
+    assert kinds.count("GgufLinear") == LINEARS
+    assert kinds.count("Linear") == 1  # the head
     options: dict[str, Any] = {"r": 4, "target_rank": 2, "total_steps": 30, "t_init": 6, "t_final": 4, "window": 2}
     gradients, losses = [], []
     ids = torch.randint(0, VOCAB, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -99,7 +104,7 @@ def test_a_model_that_transformers_loads(packed_file: Path, tmp_path: Path) -> N
     for model in (packed, dense):
         igulora.adapt(model, igulora.IGUConfig(**options))
         bank = igulora.find_bank(model)
-        assert len(bank.layers) == 7 * LAYERS
+        assert len(bank.layers) == LINEARS
         bank.lambdas.fill_(0.5)
         model(**batch).loss.backward()
         gradients.append(bank.grad.clone())
@@ -118,7 +123,7 @@ def test_a_model_that_transformers_loads(packed_file: Path, tmp_path: Path) -> N
         logits = packed.eval()(ids).logits
         torch.testing.assert_close(plain(ids).logits, logits, rtol=1e-4, atol=1e-4)
         # What a packed model cannot do, the unpacked one does.
-        with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj' \(GGUF\)"):
+        with pytest.raises(ValueError, match=r"layers.0.conv.in_proj' \(GGUF\)"):
             igulora.merge(packed)
         torch.testing.assert_close(igulora.merge(plain)(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
