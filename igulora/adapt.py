@@ -46,7 +46,8 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
 
     Raises:
         TypeError: ``config`` is not an IGUConfig or ``model`` not a module.
-        ValueError: no target matched, the model is adapted already, targets lie on several devices, or a name matches nothing.
+        ValueError: no target matched, a match cannot be adapted (says why), the model is adapted already,
+            targets lie on several devices, or a name matches nothing.
     """
     check_plain(model)
     if not isinstance(config, IGUConfig):
@@ -79,6 +80,11 @@ def check_plain(model: nn.Module) -> None:
 def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[str], ranks: list[int]) -> nn.Module:
     """What :func:`adapt` does, for exactly the layers ``names`` with ``ranks`` and the modules ``saved``, all by full name."""
     modules = dict(model.named_modules())
+    for name in names:
+        base = _base_of(modules[name])
+        obstacle = base.obstacle()
+        if obstacle is not None:
+            raise ValueError(f"expected layers that can be adapted, got {name!r} ({base.kind}): {obstacle}")
     devices = sorted({str(_base_of(modules[n]).device) for n in names})
     if len(devices) > 1:
         raise ValueError(

@@ -75,6 +75,7 @@ class AdaptedLayer(SVDAdapter):
 
     base_layer: Any
     merge_error: float = 0.0
+    _before: Any = None  # what was in the weight, while merged into a quantised one
 
     def __init__(self, found: Base, r: int, **options: Any) -> None:
         obstacle = found.obstacle()
@@ -84,7 +85,6 @@ class AdaptedLayer(SVDAdapter):
             found.in_features, found.out_features, r, device=found.device, dtype=found.master_dtype, **options
         )
         self.base_layer = found.module.requires_grad_(False)
-        self._before: Any = None
 
     @property
     def base(self) -> Base:

@@ -71,8 +71,8 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
     can also name embeddings (tied to the head or not) and convolutions.
 
     Raises:
-        ValueError: nothing matched (lists the linear layers there are), a name of the list matched nothing, no adapter exists for a match
-            (says why), or its weight is tied.
+        ValueError: nothing matched (lists the linear layers there are), a name of the list matched nothing, no adapter exists for a match,
+            or its weight is tied.
         TypeError: ``target_modules`` is neither a string nor a list of strings.
     """
     wanted = config.target_modules
@@ -130,9 +130,6 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
                 "expected target_modules to match linear layers, embeddings and convolutions only, got "
                 f"{name!r} ({type(module).__name__}); name such layers or exclude it with exclude_modules"
             )
-        obstacle = base.obstacle()
-        if obstacle is not None:
-            raise ValueError(f"expected layers that can be adapted, got {name!r} ({base.kind}): {obstacle}")
         if _bypassed(module):
             raise ValueError(
                 f"expected layers that their parent calls, got {name!r}: nn.MultiheadAttention reads its weight directly, so that an "

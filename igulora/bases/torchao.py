@@ -64,10 +64,11 @@ class TorchAOBase(PackedBase):
         return errors[best]
 
     def snapshot(self) -> Any:
-        return self.module.weight
+        return (self.module.weight,)  # in a tuple: a layer that keeps a bare parameter registers it
 
     def restore(self, before: Any) -> None:
-        self.module.weight = nn.Parameter(before.to(self.module.weight.device), requires_grad=False)
+        (weight,) = before
+        self.module.weight = nn.Parameter(weight.to(self.module.weight.device), requires_grad=False)
 
 
 def _asymmetric(old: Any) -> bool:

@@ -214,3 +214,31 @@ def test_a_small_update_is_lost_in_nf4_and_the_warning_says_so() -> None:
     ):
         igulora.merge(model)
     assert 0.9 < igulora.merge_errors(model)["0"] < 1.3
+
+
+def test_igulora_trainer_takes_a_quantised_model(tiny_llama, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_llama,
+        quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        device_map="cpu",
+        dtype=torch.float32,
+    )
+    config = igulora.IGUConfig(r=4, target_rank=2, total_steps=12, t_init=4, t_final=4, window=1, ig_every=1)
+    igulora.adapt(model, config)
+    ids = torch.randint(0, 64, (16, 9), generator=torch.Generator().manual_seed(0))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=12,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = igulora.IGUTrainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    assert sum(igulora.find_bank(model).ranks().values()) == 2 * 14

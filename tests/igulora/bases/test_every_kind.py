@@ -138,6 +138,7 @@ def test_peft_959_merging_and_unmerging(case: Case) -> None:
         base, update = model.base.base.dense().float(), model.base.delta_weight().detach()
         with pytest.warns(igulora.MergeWarning, match=r"quantised 1 weights anew, .*\(base, "):
             igulora.merge(model)
+        assert {n for n, _ in model.named_parameters()} == before.keys()
         errors = igulora.merge_errors(model)
         missed = (model.base.base.dense().float() - (base + update)).norm() / update.norm()
         assert errors == {"first": 0.0, "base": pytest.approx(float(missed))}
