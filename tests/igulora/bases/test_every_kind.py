@@ -227,3 +227,10 @@ def test_compiled_whole(name: str) -> None:
     wanted = grads(model)
     for part, grad in grads(twin).items():
         assert_near(grad, wanted[part], case.tolerance)
+
+
+def test_a_weight_in_a_form_of_its_own_is_refused_by_name() -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"got '0' \(nn.Linear\): its weight is stored as torch.float8_e4m3fn"):
+        igulora.adapt(nn.Sequential(layer), igulora.IGUConfig(r=2, target_rank=1, total_steps=99))
