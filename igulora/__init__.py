@@ -10,7 +10,7 @@ for batch in loader:
 
 from .adapt import adapt, merge, remove, unmerge
 from .bank import Bank, find_bank
-from .checkpoint import AdapterFile, load_adapter, read_adapter, save_adapter
+from .checkpoint import AdapterFile, load_adapter, load_checkpoint, read_adapter, save_adapter, save_checkpoint
 from .compact import compact
 from .config import IGUConfig
 from .controller import Controller, StepInfo
@@ -33,10 +33,12 @@ __all__ = [
     "export_peft",
     "find_bank",
     "load_adapter",
+    "load_checkpoint",
     "merge",
     "param_groups",
     "read_adapter",
     "remove",
     "save_adapter",
+    "save_checkpoint",
     "unmerge",
 ]
