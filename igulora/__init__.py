@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import distributed
 from .adapt import adapt, merge, merge_errors, remove, unmerge
 from .bank import Bank, find_bank
-from .checkpoint import AdapterFile, load_adapter, read_adapter, save_adapter
+from .checkpoint import AdapterFile, load_adapter, load_checkpoint, read_adapter, save_adapter, save_checkpoint
 from .compact import compact
 from .config import IGUConfig
 from .controller import Controller, StepInfo
@@ -47,12 +47,14 @@ __all__ = [
     "export_peft",
     "find_bank",
     "load_adapter",
+    "load_checkpoint",
     "merge",
     "merge_errors",
     "param_groups",
     "read_adapter",
     "remove",
     "save_adapter",
+    "save_checkpoint",
     "unmerge",
 ]
 
