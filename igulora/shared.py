@@ -43,6 +43,17 @@ class Taken(NamedTuple):
     recipe: Recipe | None = None
 
 
+@torch.compiler.assume_constant_result
+def _in_subgraph() -> bool:
+    """While Dynamo traces: whether that is the inside of a checkpoint, or of another function that becomes a graph of its own."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    except (ImportError, AttributeError):  # another tracer, or another PyTorch: every layer reads its input by itself
+        return True
+
+
 class SharedInput:
     """Adapted layers of one parent that are called with one tensor, one after the other.
 
@@ -67,7 +78,7 @@ class SharedInput:
     def take(self, layer: SVDAdapter, x: Tensor) -> Taken:
         """What a layer needs for x."""
         watching = not torch.compiler.is_compiling()  # what a compiled graph was traced with stays
-        if not watching and torch.is_grad_enabled():
+        if not watching and torch.is_grad_enabled() and _in_subgraph():
             return Taken(x)  # inside a checkpoint the compiler lets nothing be kept from one layer to the next
         if layer.training is not self.layers[0].training or all(member is not layer for member in self.layers):
             return Taken(x)  # a mode of its own, or a replica of a member
