@@ -113,9 +113,17 @@ class Controller:
         self._events: list[tuple[int, int, Tensor, list[int]]] = []
         self._series: list[tuple[int, Tensor]] = []
         self._check_schedule()
+        self._take_charge()
+
+    def _take_charge(self) -> None:
         context = self.bank.context
         context.controlled, context.unstepped = True, 0
-        context.allowed_unstepped = accumulation_steps
+        context.allowed_unstepped = self.accumulation_steps
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of model and controller together, or a pickle of both, is controlled as the original is."""
+        self.__dict__.update(state)
+        self._take_charge()
 
     def _check_schedule(self) -> None:
         config = self.config

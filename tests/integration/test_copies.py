@@ -62,6 +62,17 @@ def test_a_copy_of_a_whole_run_goes_on_as_the_run_does(config, options, at) -> N
     assert not torch.equal(held.weight, theirs.weight)
 
 
+def test_a_copied_controller_allows_as_many_micro_batches_as_its_original(config) -> None:
+    torch.manual_seed(0)
+    model = igulora.adapt(Block(), config(window=2, t_init=10))
+    twin, controller = copy.deepcopy((model, igulora.Controller(model, accumulation_steps=12)))
+    batches = block_batches(13)
+    for batch in batches[:12]:
+        controller.backward(lambda b: block_loss(twin, b), batch)
+    with pytest.raises(ValueError, match=r"expected ctl.step\(\) after each optimizer step"):
+        controller.backward(lambda b: block_loss(twin, b), batches[12])
+
+
 def through_file(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)
