@@ -102,9 +102,11 @@ def defined_tests() -> dict[str, set[str]]:
 def test_threads_name_tests_that_exist() -> None:
     text = (ROOT / "docs" / "threads.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", text)
-    rows = [line for line in text.splitlines() if line.startswith("| [")]
+    rows = [
+        line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| thread", "| complaint"))
+    ]
     assert len(rows) >= 20
-    assert all(re.search(r"`tests/[\w/]+\.py::test_\w+`", row) for row in rows), "every thread names a test"
+    assert all(re.search(r"`tests/[\w/]+\.py::test_\w+`", row) for row in rows), "every row names a test"
     existing = defined_tests()
     for path, name in named:
         assert name in existing.get(path, set()), f"{path}::{name}"
