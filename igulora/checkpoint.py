@@ -21,6 +21,7 @@ from .bases import describe
 from .config import IGUConfig
 from .controller import Controller
 from .files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from .layers import AdaptedLayer
 
 ADAPTER_FILE, CONFIG_FILE, CONTROLLER_FILE = (
     "adapter_model.safetensors",
@@ -87,6 +88,7 @@ def save_adapter(
         "modules": {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)},
         "ranks": bank.ranks(),
         "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
+        "kinds": kinds_of(model),
         "saved": sorted(saved),
         "history": controller.history if controller is not None else [],
         "controller": state["meta"] if state is not None else None,
@@ -98,6 +100,13 @@ def save_adapter(
         (directory / CONTROLLER_FILE).unlink(missing_ok=True)
     write_json(directory / CONFIG_FILE, meta)
     return directory
+
+
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    """The kind of base (:attr:`Base.kind`) under each adapted layer."""
+    bank = find_bank(model)
+    pairs = zip(bank.names, bank.layers, strict=True)
+    return {name: layer.base.kind for name, layer in pairs if isinstance(layer, AdaptedLayer)}
 
 
 def read_adapter(directory: str | Path) -> AdapterFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from .adapt import saved_modules
 from .bank import find_bank
-from .checkpoint import read_adapter
+from .bases import Conv1DBase, describe
+from .checkpoint import kinds_of, read_adapter
 from .files import write_json, write_tensors
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # of every tensor's name
 
 
 def lora_factors(P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -27,7 +30,13 @@ def lora_factors(P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, scale: float) ->
     return root * Q[kept], (root * coef.sign().unsqueeze(1) * P[kept]).t().contiguous()
 
 
-def export_peft(source: nn.Module | str | Path, directory: str | Path, base_model: str | None = None) -> Path:
+def export_peft(
+    source: nn.Module | str | Path,
+    directory: str | Path,
+    base_model: str | None = None,
+    *,
+    uniform_rank: bool = False,
+) -> Path:
     """Write a plain LoRA adapter in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``); returns the folder.
 
     lambda and s are folded into A and B, so that PEFT's scaling ``lora_alpha / r`` is 1 for every module: ``rank_pattern`` and
@@ -37,58 +46,127 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
         source: an adapted model, or an adapter folder of :func:`igulora.save_adapter`.
         directory: folder to write into; made when missing.
         base_model: name or path of the base model for ``base_model_name_or_path``; a model's own ``config._name_or_path`` by default.
+        uniform_rank: for servers that read ``r`` and ``lora_alpha`` only: every module is padded with zeros to the largest rank, so that
+            there are no patterns, and ``target_modules`` is a list of last names ("q_proj") wherever such a list says the same.
 
     Raises:
         ValueError: nothing is left to export (every module has rank 0).
     """
     directory = Path(directory)
     if isinstance(source, nn.Module):
-        factors, saved, dropout = _from_model(source)
+        content = _from_model(source)
         base_model = base_model or getattr(getattr(source, "config", None), "_name_or_path", None)
         task_type = _task_type(source)
     else:
-        factors, saved, dropout = _from_folder(source)
+        content = _from_folder(source)
         task_type = None
-    others = {name for name, (A, _) in factors.items() if not A.shape[0]}
-    if isinstance(source, nn.Module):
-        others |= {name for name, m in source.named_modules() if isinstance(m, nn.Linear)}
-    factors = {name: (A, B) for name, (A, B) in factors.items() if A.shape[0]}
-    if not factors:
+    live = {name: (A, B) for name, (A, B) in content.factors.items() if A.shape[0]}
+    if not live:
         raise ValueError(
             "expected at least one module with a live, non-zero triplet to export, got none; train the adapter first"
         )
+    targets: list[str] | str
+    if uniform_rank:
+        factors, targets = _uniform(content, max(A.shape[0] for A, _ in live.values()))
+    else:
+        factors = live
+        targets = _peft_targets(sorted(live), (content.factors.keys() | content.shapes.keys()) - live.keys())
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    for name, state in saved.items():
-        tensors |= {f"base_model.model.{name}.{key}": value for key, value in state.items()}
+        tensors |= _entries(name, A, B)
+    for name, state in content.saved.items():
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
     write_tensors(directory / PEFT_WEIGHTS, tensors)
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    write_json(directory / PEFT_CONFIG, _peft_config(ranks, others, sorted(saved), dropout, task_type, base_model))
+    config = _peft_config(ranks, targets, content, task_type, base_model)
+    write_json(directory / PEFT_CONFIG, config)
     return directory
 
 
-_Content = tuple[dict[str, tuple[Tensor, Tensor]], dict[str, dict[str, Tensor]], float]
+@dataclass
+class _Content:
+    """What an adapter holds, and what else is known of its model.
+
+    Attributes:
+        factors: name -> A and B of every adapted module, of rank 0 where nothing lives. kinds: name -> kind of its base.
+        shapes: name -> (out, in) of the model's other layers that an adapter could sit on. names: all other modules of the model.
+        saved: name -> state of a module to save.
+    """
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    kinds: dict[str, str]
+    saved: dict[str, dict[str, Tensor]]
+    dropout: float
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
 
 
 def _from_model(model: nn.Module) -> _Content:
     bank = find_bank(model)
-    factors = {}
+    content = _Content({}, {}, {}, bank.layers[0].dropout if bank.layers else 0.0)
     for name, layer in zip(bank.names, bank.layers, strict=True):
         P, E, Q, mask = (t.detach().float().cpu() for t in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask))
-        factors[name] = lora_factors(P, E, Q, mask, layer.scale)
-    saved = {name: module.module.state_dict() for name, module in saved_modules(model).items()}
-    return factors, saved, bank.layers[0].dropout if bank.layers else 0.0
+        content.factors[name] = lora_factors(P, E, Q, mask, layer.scale)
+    content.kinds = kinds_of(model)
+    content.saved = {name: module.module.state_dict() for name, module in saved_modules(model).items()}
+    whole = saved_modules(model)
+    closed = content.factors.keys() | whole.keys()
+    for name, module in model.named_modules():
+        if not name or name in content.factors or _is_inside(name, closed):
+            continue
+        content.names.add(name)
+        base = None if name in whole else describe(module)
+        if base is not None:
+            content.shapes[name] = (base.out_features, base.in_features)
+    for name, saved in whole.items():
+        content.names |= {f"{name}.{n}" for n, _ in saved.original.named_modules() if n}
+    return content
+
+
+def _is_inside(name: str, outer: set[str]) -> bool:
+    while name := name.rpartition(".")[0]:
+        if name in outer:
+            return True
+    return False
 
 
 def _from_folder(directory: str | Path) -> _Content:
     file = read_adapter(directory)
-    factors = {}
+    content = _Content({}, dict(file.meta.get("kinds", {})), file.saved, file.config.dropout)
     for name, parts in file.modules.items():
         P, E, Q, mask = (parts[k].float() for k in ("lora_P", "lora_E", "lora_Q", "mask"))
-        factors[name] = lora_factors(P, E, Q, mask, float(file.meta["scale"][name]))
-    return factors, file.saved, file.config.dropout
+        content.factors[name] = lora_factors(P, E, Q, mask, float(file.meta["scale"][name]))
+    return content
+
+
+def _entries(name: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """The tensors of one module under PEFT's names: those of linear layers, which is all that adapters sit on."""
+    return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
+
+
+def _uniform(content: _Content, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str] | str]:
+    """All factors at one rank, and the list of target names that goes with them.
+
+    A list of last names also names modules that have no triplets (pruned to rank 0, or never adapted): these get zeros.
+    """
+    live = {name for name, (A, _) in content.factors.items() if A.shape[0]}
+    endings = {name.rpartition(".")[2] for name in live}
+    factors = {name: _padded(A, B, rank) for name, (A, B) in content.factors.items() if name in live}
+    named = {n for n in content.factors.keys() | content.names if n.rpartition(".")[2] in endings} - live
+    if named - content.factors.keys() - content.shapes.keys() or any(ending.isdigit() for ending in endings):
+        return factors, _peft_targets(sorted(live), (content.factors.keys() | content.names) - live)
+    for name in named:
+        if name in content.factors:
+            factors[name] = _padded(*content.factors[name], rank)
+        else:
+            rows, columns = content.shapes[name]
+            factors[name] = torch.zeros(rank, columns), torch.zeros(rows, rank)
+    return factors, sorted(endings)
+
+
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    more = rank - A.shape[0]
+    return nn.functional.pad(A, (0, 0, 0, more)), nn.functional.pad(B, (0, more))
 
 
 def _peft_targets(names: list[str], others: set[str]) -> list[str] | str:
@@ -100,9 +178,8 @@ def _peft_targets(names: list[str], others: set[str]) -> list[str] | str:
 
 def _peft_config(
     ranks: dict[str, int],
-    others: set[str],
-    saved: list[str],
-    dropout: float,
+    targets: list[str] | str,
+    content: _Content,
     task_type: str | None,
     base_model: str | None,
 ) -> dict[str, Any]:
@@ -116,12 +193,12 @@ def _peft_config(
         "inference_mode": True,
         "r": common,
         "lora_alpha": common,
-        "lora_dropout": dropout,
+        "lora_dropout": content.dropout,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(content.kinds.get(name) == Conv1DBase.kind for name in ranks),
         "init_lora_weights": True,
-        "target_modules": _peft_targets(sorted(ranks), others - ranks.keys()),
-        "modules_to_save": saved or None,
+        "target_modules": targets,
+        "modules_to_save": sorted(content.saved) or None,
         "rank_pattern": pattern,
         "alpha_pattern": dict(pattern),
     }

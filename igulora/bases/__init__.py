@@ -19,4 +19,4 @@ def describe(module: nn.Module) -> Base | None:
     return None
 
 
-__all__ = ["Base", "describe", "is_plain_product"]
+__all__ = ["Base", "Conv1DBase", "describe", "is_plain_product"]

@@ -23,6 +23,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a run, or of igulora.save_adapter")
     parser.add_argument("--format", choices=("peft",), default="peft", help="what to write (default: peft)")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="folder to write into; new or empty")
+    parser.add_argument(
+        "--uniform-rank",
+        action="store_true",
+        help="pad all modules to one rank, for servers that read r and lora_alpha only",
+    )
     parser.add_argument("--base-model", metavar="NAME", help="base model to name in it (default: the run's)")
     return parser
 
@@ -39,4 +44,4 @@ def run(args: argparse.Namespace) -> None:
     if base is None and (args.adapter / RUN_FILE).is_file():
         name = read_json(args.adapter / RUN_FILE)["model"]
         base = DEMO_BASE if name == "demo" else name
-    export_peft(args.adapter, args.output, base)
+    export_peft(args.adapter, args.output, base, uniform_rank=args.uniform_rank)

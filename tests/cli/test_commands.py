@@ -64,6 +64,11 @@ def test_finetune_inspect_export(finetune, llama_folder, tmp_path, capsys):
     torch.testing.assert_close(exported, ours, rtol=1e-5, atol=1e-5)
     assert (ours - plain).abs().max() > 1e-3
 
+    assert main(["export", str(tmp_path / "out"), "--output", str(tmp_path / "served"), "--uniform-rank"]) == 0
+    config = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["r"] == config["lora_alpha"]
+
 
 def test_inspect_without_scores_and_history(finetune, tmp_path, capsys):
     assert finetune("--method", "lora", "--quiet") == 0
