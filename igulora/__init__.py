@@ -16,6 +16,7 @@ from .checkpoint import AdapterFile, load_adapter, read_adapter, save_adapter
 from .compact import compact
 from .config import IGUConfig
 from .controller import Controller, StepInfo
+from .convert import import_peft
 from .export import export_peft
 from .layers import FusedSVDLinear, adapters_disabled
 from .optim import param_groups
@@ -40,6 +41,7 @@ __all__ = [
     "compact",
     "export_peft",
     "find_bank",
+    "import_peft",
     "load_adapter",
     "merge",
     "param_groups",

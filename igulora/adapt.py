@@ -16,7 +16,8 @@ from .saved import SavedModule
 from .targets import find_saved, find_targets
 
 
-def _rank_of(name: str, config: IGUConfig) -> int:
+def rank_of(name: str, config: IGUConfig) -> int:
+    """Triplets that ``config`` stores for the layer of that full name."""
     for ending, rank in config.rank_pattern.items():
         if name == ending or name.endswith("." + ending):
             return rank
@@ -55,7 +56,7 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
             raise ValueError(
                 f"expected rank_pattern to name adapted layers, got {ending!r}, which matches none.{nearest(ending, names)}"
             )
-    return inject(model, config, names, saved, [_rank_of(name, config) for name in names])
+    return inject(model, config, names, saved, [rank_of(name, config) for name in names])
 
 
 def check_plain(model: nn.Module) -> None:

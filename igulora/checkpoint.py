@@ -209,6 +209,14 @@ def _check_saved(file: AdapterFile, modules: dict[str, nn.Module], directory: Pa
             )
 
 
+def check_fits(model: nn.Module, file: AdapterFile, directory: Path) -> None:
+    """Raise ValueError unless what was read from ``directory`` fits a base model: layers and modules to save, names and shapes."""
+    bases = {name: describe(module) for name, module in model.named_modules()}
+    shapes = {name: (base.out_features, base.in_features) for name, base in bases.items() if base is not None}
+    _check_fits(file, shapes, directory)
+    _check_saved(file, dict(model.named_modules()), directory)
+
+
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Adapt a base model with the adapter saved in ``directory``; returns the model. Everything is checked before the first change.
 
@@ -217,11 +225,16 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """
     directory = Path(directory)
     check_plain(model)
-    file = read_adapter(directory)
-    bases = {name: describe(module) for name, module in model.named_modules()}
-    shapes = {name: (base.out_features, base.in_features) for name, base in bases.items() if base is not None}
-    _check_fits(file, shapes, directory)
-    _check_saved(file, dict(model.named_modules()), directory)
+    return install(model, read_adapter(directory), directory)
+
+
+def install(model: nn.Module, file: AdapterFile, directory: Path) -> nn.Module:
+    """Adapt a base model with what was read from ``directory``; returns the model. Everything is checked before the first change.
+
+    Raises:
+        ValueError: the adapter is another model's (names and shapes listed).
+    """
+    check_fits(model, file, directory)
     ranks = [parts["lora_E"].shape[0] for parts in file.modules.values()]
     inject(model, file.config, list(file.modules), list(file.saved), ranks)
     _fill(model, file)

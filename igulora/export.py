@@ -14,9 +14,7 @@ from .bank import find_bank
 from .bases import Conv1DBase, describe
 from .checkpoint import kinds_of, read_adapter
 from .files import write_json, write_tensors
-
-PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of every tensor's name
+from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 
 
 def lora_factors(P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
