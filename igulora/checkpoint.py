@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from .adapt import check_plain, inject, saved_modules
 from .bank import find_bank
-from .bases import describe
 from .config import IGUConfig
 from .controller import Controller
+from .experts import bases_of
 from .files import read_json, read_metadata, read_tensors, write_json, write_tensors
 from .layers import AdaptedLayer
 
@@ -211,8 +211,7 @@ def _check_saved(file: AdapterFile, modules: dict[str, nn.Module], directory: Pa
 
 def check_fits(model: nn.Module, file: AdapterFile, directory: Path) -> None:
     """Raise ValueError unless what was read from ``directory`` fits a base model: layers and modules to save, names and shapes."""
-    bases = {name: describe(module) for name, module in model.named_modules()}
-    shapes = {name: (base.out_features, base.in_features) for name, base in bases.items() if base is not None}
+    shapes = {name: (base.out_features, base.in_features) for name, base in bases_of(model).items()}
     _check_fits(file, shapes, directory)
     _check_saved(file, dict(model.named_modules()), directory)
 

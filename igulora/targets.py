@@ -111,7 +111,7 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
                     f"expected target_modules to name layers of the model, got {w!r}, which matches none.{nearest(w, endings)} "
                     f"Linear layers end in: {', '.join(sorted(endings)) or 'none'}"
                 )
-    if not found:
+    if not found and not (config.target_parameters and not wanted):
         shown = ", ".join(linears[:8]) + (", ..." if len(linears) > 8 else "")
         raise ValueError(
             f"expected target_modules={wanted!r} to match at least one linear layer, got none. "
