@@ -13,6 +13,7 @@ from .adapt import saved_modules
 from .bank import find_bank
 from .bases import Conv1DBase, describe
 from .checkpoint import kinds_of, read_adapter
+from .experts import ExpertBase
 from .files import write_json, write_tensors
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 
@@ -38,7 +39,8 @@ def export_peft(
     """Write a plain LoRA adapter in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``); returns the folder.
 
     lambda and s are folded into A and B, so that PEFT's scaling ``lora_alpha / r`` is 1 for every module: ``rank_pattern`` and
-    ``alpha_pattern`` carry the rank of each; modules of rank 0 are left out.
+    ``alpha_pattern`` carry the rank of each; modules of rank 0 are left out. Experts of 3-D parameters, for which PEFT knows one rank,
+    are padded to the largest among them.
 
     Args:
         source: an adapted model, or an adapter folder of :func:`igulora.save_adapter`.
@@ -58,25 +60,36 @@ def export_peft(
     else:
         content = _from_folder(source)
         task_type = None
+    experts = _take_experts(content)
     live = {name: (A, B) for name, (A, B) in content.factors.items() if A.shape[0]}
-    if not live:
+    if not live and not experts:
         raise ValueError(
             "expected at least one module with a live, non-zero triplet to export, got none; train the adapter first"
         )
+    largest = max(A.shape[0] for A, _ in (*live.values(), *(pair for pairs in experts.values() for pair in pairs)))
     targets: list[str] | str
     if uniform_rank:
-        factors, targets = _uniform(content, max(A.shape[0] for A, _ in live.values()))
+        factors, targets = _uniform(content, largest)
     else:
         factors = live
         targets = _peft_targets(sorted(live), (content.factors.keys() | content.shapes.keys()) - live.keys())
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():
         tensors |= _entries(name, A, B)
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count, default=0)
+    if experts:  # parameters have the rank without a pattern: PEFT warns of patterns that name no module
+        common = max(A.shape[0] for pairs in experts.values() for A, _ in pairs)
+    if uniform_rank:
+        common = largest
+    for name, pairs in experts.items():
+        tensors |= _expert_entries(name, pairs, common, nested=_comes_first(name, experts))
     for name, state in content.saved.items():
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
     write_tensors(directory / PEFT_WEIGHTS, tensors)
-    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    config = _peft_config(ranks, targets, content, task_type, base_model)
+    config = _peft_config(common, ranks, targets, content, task_type, base_model)
+    if experts:  # PEFT refuses dropout on parameters
+        config |= {"target_parameters": sorted(experts), "lora_dropout": 0.0}
     write_json(directory / PEFT_CONFIG, config)
     return directory
 
@@ -142,6 +155,28 @@ def _entries(name: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
     return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
 
 
+def _take_experts(content: _Content) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Parameter -> A and B of each expert, taken out of ``content``; parameters of which nothing lives are left out."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name in [n for n in content.factors if content.kinds.get(n) == ExpertBase.kind]:
+        found.setdefault(name.rpartition(".")[0], []).append(content.factors.pop(name))
+    return {name: pairs for name, pairs in found.items() if any(A.shape[0] for A, _ in pairs)}
+
+
+def _comes_first(name: str, experts: dict[str, Any]) -> bool:
+    """Whether PEFT wraps another parameter of the same module around this one: the way out of an expert comes after the way in."""
+    owner, _, parameter = name.rpartition(".")
+    return parameter != "down_proj" and f"{owner}.down_proj" in experts
+
+
+def _expert_entries(name: str, pairs: list[tuple[Tensor, Tensor]], rank: int, nested: bool) -> dict[str, Tensor]:
+    """PEFT's tensors of a 3-D parameter: A (experts rank, in), and B (out, rank experts), in which the expert runs fastest."""
+    place = name.rpartition(".")[0] + (".base_layer" if nested else "")
+    padded = [_padded(A, B, rank) for A, B in pairs]
+    A, B = torch.cat([A for A, _ in padded]), torch.stack([B for _, B in padded], dim=2)
+    return {f"{PREFIX}{place}.lora_A.weight": A, f"{PREFIX}{place}.lora_B.weight": B.flatten(1)}
+
+
 def _uniform(content: _Content, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str] | str]:
     """All factors at one rank, and the list of target names that goes with them.
 
@@ -175,13 +210,13 @@ def _peft_targets(names: list[str], others: set[str]) -> list[str] | str:
 
 
 def _peft_config(
+    common: int,
     ranks: dict[str, int],
     targets: list[str] | str,
     content: _Content,
     task_type: str | None,
     base_model: str | None,
 ) -> dict[str, Any]:
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
     # Anchored: PEFT reads pattern keys as regular expressions on the end of a name, and layers.1 must not match layers.11.
     pattern = {f"^{_escaped(name)}": rank for name, rank in ranks.items() if rank != common}
     return {

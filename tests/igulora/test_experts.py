@@ -353,3 +353,37 @@ def test_the_wrapped_module_still_answers_for_its_own() -> None:
     assert experts.num_experts == 4
     with pytest.raises(AttributeError):
         _ = experts.nothing_of_the_kind
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("source", ["model", "folder"])
+@pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[:1], EXPERTS[1:]])
+def test_peft_loads_exported_experts(tmp_path, kind, source, targets) -> None:
+    peft = pytest.importorskip("peft")
+    model = trained_look(
+        igulora.adapt(build(kind), options(target_parameters=targets, target_modules=["q_proj"], dropout=0.1))
+    )
+    for layer in adapted_layers(model)[:4]:
+        layer.mask.zero_()  # of the first layer nothing lives but a part of its experts
+    held = model if source == "model" else igulora.save_adapter(model, tmp_path / "saved")
+    for uniform in (False, True):
+        folder = igulora.export_peft(held, tmp_path / f"out-{uniform}", uniform_rank=uniform)
+        other = peft.PeftModel.from_pretrained(build(kind), folder).eval()
+        torch.testing.assert_close(logits(other), logits(model.eval()), rtol=0, atol=1e-5)
+        assert float((logits(other) - logits(build(kind))).abs().max()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_peft_loads_experts_without_any_layer(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    model = trained_look(igulora.adapt(build(), options()))
+    for name, layer in zip(find_bank(model).names, adapted_layers(model), strict=True):
+        if "layers.0.mlp.experts.gate_up_proj" in name:
+            layer.mask.zero_()
+    other = peft.PeftModel.from_pretrained(build(), igulora.export_peft(model, tmp_path)).eval()
+    torch.testing.assert_close(logits(other), logits(model), rtol=0, atol=1e-5)
+    for layer in adapted_layers(model):
+        layer.mask.zero_()
+    with pytest.raises(ValueError, match="got none; train the adapter first"):
+        igulora.export_peft(model, tmp_path)
