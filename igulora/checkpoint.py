@@ -69,28 +69,37 @@ def save_adapter(
         raise ValueError(
             "expected an unmerged model, got a merged one; call igulora.unmerge(model) before saving its adapter"
         )
-    config: IGUConfig = model.igulora_config  # type: ignore[assignment]
-    tensors: dict[str, Tensor] = {}
+    modules = {}
     for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
         live = bank.live[bank.starts[i] : bank.starts[i + 1]]
-        for part, value in zip(_PARTS, (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask, live), strict=True):
-            tensors[f"{name}.{part}"] = value
-    saved = saved_modules(model)
-    for name, module in saved.items():
-        tensors |= {f"{name}.saved.{key}": value for key, value in module.module.state_dict().items()}
+        values = (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask, live)
+        modules[name] = dict(zip(_PARTS, values, strict=True))
+    meta = {
+        "ranks": bank.ranks(),
+        "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
+        "kinds": kinds_of(model),
+        "history": controller.history if controller is not None else [],
+    }
+    saved = {name: module.module.state_dict() for name, module in saved_modules(model).items()}
+    config: IGUConfig = model.igulora_config  # type: ignore[assignment]
     state = controller.state_dict() if controller is not None and resumable else None
+    return write_adapter(AdapterFile(config, modules, saved, meta, {}), directory, state)
+
+
+def write_adapter(file: AdapterFile, directory: Path, state: dict[str, Any] | None = None) -> Path:
+    """Write what an adapter folder holds, and a controller's ``state_dict``; returns the folder."""
+    tensors = {f"{name}.{part}": value for name, parts in file.modules.items() for part, value in parts.items()}
+    for name, values in file.saved.items():
+        tensors |= {f"{name}.saved.{key}": value for key, value in values.items()}
     stamp = secrets.token_hex(8)
     meta = {
         "format": FORMAT,
         "stamp": stamp,
         "library": "igulora",
-        "config": config.to_dict(),
-        "modules": {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)},
-        "ranks": bank.ranks(),
-        "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
-        "kinds": kinds_of(model),
-        "saved": sorted(saved),
-        "history": controller.history if controller is not None else [],
+        "config": file.config.to_dict(),
+        "modules": {name: parts["lora_E"].shape[0] for name, parts in file.modules.items()},
+        **file.meta,
+        "saved": sorted(file.saved),
         "controller": state["meta"] if state is not None else None,
     }
     write_tensors(directory / ADAPTER_FILE, tensors, {"stamp": stamp})

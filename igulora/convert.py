@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import check_plain, rank_of
+from .bases import Conv1DBase
 from .checkpoint import AdapterFile, check_fits, install
 from .config import IGUConfig
 from .peft_folder import PREFIX, Factors, PeftConfig, read_parts
@@ -219,6 +220,7 @@ def _module(P: Tensor, E: Tensor, Q: Tensor, config: IGUConfig) -> dict[str, Ten
 def _file(
     meta: PeftConfig, config: IGUConfig, modules: Factors, saved: Factors, scale: dict[str, float]
 ) -> AdapterFile:
+    modules = {name: modules[name] for name in sorted(modules, key=_by_number)}
     ranks = {name: parts["lora_E"].shape[0] for name, parts in modules.items()}
     config = dataclasses.replace(
         config,
@@ -227,4 +229,10 @@ def _file(
         modules_to_save=sorted(saved),
         rank_pattern={name: rank for name, rank in ranks.items() if rank != config.initial_rank},
     )
-    return AdapterFile(config, modules, saved, {"scale": scale, "ranks": ranks, "history": [], "controller": None}, {})
+    kinds = dict.fromkeys(modules, Conv1DBase.kind) if meta.values.get("fan_in_fan_out") else {}
+    return AdapterFile(config, modules, saved, {"ranks": ranks, "scale": scale, "kinds": kinds, "history": []}, {})
+
+
+def _by_number(name: str) -> list[tuple[bool, int, str]]:
+    """layers.2 before layers.10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

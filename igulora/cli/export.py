@@ -9,6 +9,7 @@ from typing import Any
 from ..export import export_peft
 from ..files import read_json
 from ..training.output import RUN_FILE
+from .options import check_new
 
 DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -38,8 +39,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError, FileNotFoundError: the adapter is missing or damaged, or the output folder is not empty.
     """
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
-        raise ValueError(f"expected an empty or new folder for --output, found files in {args.output}; choose another")
+    check_new(args.output)
     base = args.base_model
     if base is None and (args.adapter / RUN_FILE).is_file():
         name = read_json(args.adapter / RUN_FILE)["model"]
