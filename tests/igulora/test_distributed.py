@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ import igulora
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))
+model = MODEL
 config = igulora.IGUConfig(r=4, total_steps=24, window=2, ig_every=1, ig_fraction=0.5, **eval(sys.argv[2]))
 igulora.adapt(model, config)
 ctl = igulora.Controller(model)
@@ -40,13 +41,48 @@ save_file({"weight": bank.weight, "live": bank.live, "mean": ctl.importance.mean
 dist.destroy_process_group()
 """
 
+LAYERS = SCRIPT.replace("MODEL", "nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))")
+# Each process sends its tokens to an expert of its own and to one that both use; the fourth stays idle.
+MIXTURE = SCRIPT.replace("MODEL", "Mixture()").replace(
+    "torch.manual_seed(0)\n",
+    """
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        sizes = MixtralConfig(hidden_size=6, intermediate_size=5, num_local_experts=4)
+        sizes._experts_implementation = "eager"
+        self.experts = MixtralExperts(sizes)
+        for param in self.experts.parameters():
+            nn.init.normal_(param, std=0.5)
+    def forward(self, x):
+        choice = torch.tensor([[0, 1 + dist.get_rank()]]).repeat(len(x), 1)
+        return self.experts(x, choice, torch.tensor([[0.7, 0.3]]).repeat(len(x), 1))[:, :4]
+
+torch.manual_seed(0)
+""",
+)
+
 
 @pytest.mark.parametrize("options", [{"path_pass": "mixed"}, {"aggregate": "absolute"}, {"estimator": "instantaneous"}])
 def test_two_processes_agree(tmp_path: Path, options: dict[str, str]) -> None:
+    agree(LAYERS, tmp_path, options)
+
+
+def test_two_processes_with_experts_of_their_own_agree(tmp_path: Path) -> None:
+    """Threads 663 and 1745 of PEFT: what a process does not use must not hold the others up."""
+    pytest.importorskip("transformers")
+    parameters = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    agree(MIXTURE, tmp_path, parameters)
+
+
+def agree(script: str, tmp_path: Path, options: dict[str, Any]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "train.py").write_text(script)
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
