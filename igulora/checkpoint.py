@@ -1,14 +1,14 @@
-"""Adapters and checkpoints on disk.
+"""Adapters and checkpoints of a model: save, load, and resume exactly.
 
-An adapter folder holds ``adapter_model.safetensors`` (per module P, E, Q, mask, live mask; modules to save), ``igulora_config.json``
-(options, ranks, budget history) and, with a controller, ``controller_state.safetensors``. A checkpoint adds the optimizer and the random
-number generators. Each file is written beside its place and renamed.
+An adapter folder (:mod:`igulora.adapter_file`) holds the adapter and, with a controller, its state. A checkpoint adds
+``optimizer.safetensors`` and ``checkpoint.json``: the optimizer, the random number generators, and inside an accumulation the gradients
+so far. All files of a save take effect at once (:mod:`igulora.folders`), and loading checks everything before the first change.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +16,67 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import check_plain, inject, saved_modules
-from .bank import find_bank
+from .adapter_file import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    CONTROLLER_FILE,
+    FORMAT,
+    PARTS,
+    AdapterFile,
+    Description,
+    describe_folder,
+    read_adapter,
+    read_controller,
+    read_modules,
+)
+from .bank import Bank, find_bank
 from .config import IGUConfig
 from .controller import Controller
+from .controller_state import check_controller_state
 from .experts import bases_of
-from .files import read_json, read_metadata, read_tensors, write_json, write_tensors
+from .files import check_digest, check_seal, file_digest, put_json, put_tensors, read_json, read_tensors, sealed
+from .folders import place, save_whole, settled
 from .layers import AdaptedLayer
-
-ADAPTER_FILE, CONFIG_FILE, CONTROLLER_FILE = (
-    "adapter_model.safetensors",
-    "igulora_config.json",
-    "controller_state.safetensors",
+from .packing import pack, unpack
+from .training_state import (
+    check_gradients,
+    check_optimizer,
+    check_random,
+    from_format_1,
+    gradients,
+    optimizer_state,
+    random_state,
 )
+
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "checkpoint.json"
-FORMAT = 1
-_PARTS = ("lora_P", "lora_E", "lora_Q", "mask", "live")
+_FILES = (ADAPTER_FILE, CONTROLLER_FILE, CONFIG_FILE, OPTIMIZER_FILE, TRAINER_FILE)
+# Options that a resumed run may change: what they decided is in the tensors, or they change no bit.
+_FREE_OPTIONS = {
+    "recompute_inputs", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "init", "init_lambda", "seed",
+}  # fmt: skip
+
+__all__ = [
+    "CONFIG_FILE",
+    "TRAINER_FILE",
+    "AdapterFile",
+    "load_adapter",
+    "load_checkpoint",
+    "read_adapter",
+    "restore_adapter",
+    "save_adapter",
+    "save_checkpoint",
+]
 
 
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter folder read without a model.
-
-    Attributes:
-        config: its options. modules: name -> {"lora_P", "lora_E", "lora_Q", "mask", "live"}. saved: name -> state dict of a module to save.
-        meta: what else was written: "history", "ranks", "scale", "controller" (or None).
-        terms: name -> (3, r) score terms of lambda, p, q; empty without a controller state.
-    """
-
-    config: IGUConfig
-    modules: dict[str, dict[str, Tensor]]
-    saved: dict[str, dict[str, Tensor]]
-    meta: dict[str, Any]
-    terms: dict[str, Tensor]
+# -- saving -----------------------------------------------------------------------------------------------------------
 
 
 def save_adapter(
     model: nn.Module, directory: str | Path, controller: Controller | None = None, *, resumable: bool = True
 ) -> Path:
     """Write the adapter of ``model`` (and the controller's state) into ``directory``; returns the folder.
+
+    The folder holds the former save or the new one, whole, whenever the process dies; other files in it are left alone.
 
     Args:
         model: adapted by :func:`igulora.adapt`.
@@ -62,52 +85,68 @@ def save_adapter(
         resumable: False leaves the state out: scores and the sums of an unfinished window, three times the size of the adapter.
 
     Raises:
-        ValueError: the model is not adapted, or merged.
+        ValueError: the model is not adapted, or merged, or its trained weights are not finite. OSError: the disk is full or read-only. What
+            was saved before stays then.
     """
-    directory, bank = Path(directory), find_bank(model)
+    directory = Path(directory)
+    tensors, meta = _adapter(model, controller)
+    with save_whole(directory, _obsolete(directory)) as folder:
+        _write_adapter(folder, tensors, meta, controller if resumable else None)
+    return directory
+
+
+def _obsolete(directory: Path) -> list[str]:
+    """Files of the save in ``directory``, if it is ours."""
+    return list(_FILES) if place(directory, CONFIG_FILE).is_file() else []
+
+
+@torch.no_grad()
+def _adapter(model: nn.Module, controller: Controller | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    bank = find_bank(model)
     if any(layer.merged for layer in bank.layers):
         raise ValueError(
             "expected an unmerged model, got a merged one; call igulora.unmerge(model) before saving its adapter"
         )
+    config: IGUConfig = model.igulora_config  # type: ignore[assignment]
     modules = {}
     for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
         live = bank.live[bank.starts[i] : bank.starts[i + 1]]
         values = (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask, live)
-        modules[name] = dict(zip(_PARTS, values, strict=True))
+        modules[name] = dict(zip(PARTS, values, strict=True))
+    saved = saved_modules(model)
+    _check_finite(bank, {f"{n}.{key}": p for n, m in saved.items() for key, p in m.module.named_parameters()})
     meta = {
         "ranks": bank.ranks(),
         "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
         "kinds": kinds_of(model),
         "history": controller.history if controller is not None else [],
     }
-    saved = {name: module.module.state_dict() for name, module in saved_modules(model).items()}
-    config: IGUConfig = model.igulora_config  # type: ignore[assignment]
-    state = controller.state_dict() if controller is not None and resumable else None
-    return write_adapter(AdapterFile(config, modules, saved, meta, {}), directory, state)
+    states = {name: module.module.state_dict() for name, module in saved.items()}
+    return _described(AdapterFile(config, modules, states, meta, {}))
 
 
-def write_adapter(file: AdapterFile, directory: Path, state: dict[str, Any] | None = None) -> Path:
-    """Write what an adapter folder holds, and a controller's ``state_dict``; returns the folder."""
+def _described(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the description of a folder that holds ``file``."""
     tensors = {f"{name}.{part}": value for name, parts in file.modules.items() for part, value in parts.items()}
-    for name, values in file.saved.items():
-        tensors |= {f"{name}.saved.{key}": value for key, value in values.items()}
-    stamp = secrets.token_hex(8)
+    for name, state in file.saved.items():
+        tensors |= {f"{name}.saved.{key}": value for key, value in state.items()}
     meta = {
         "format": FORMAT,
-        "stamp": stamp,
+        "stamp": secrets.token_hex(8),
         "library": "igulora",
         "config": file.config.to_dict(),
         "modules": {name: parts["lora_E"].shape[0] for name, parts in file.modules.items()},
         **file.meta,
         "saved": sorted(file.saved),
-        "controller": state["meta"] if state is not None else None,
+        "controller": None,
     }
-    write_tensors(directory / ADAPTER_FILE, tensors, {"stamp": stamp})
-    if state is not None:
-        write_tensors(directory / CONTROLLER_FILE, state["tensors"], {"stamp": stamp})
-    else:
-        (directory / CONTROLLER_FILE).unlink(missing_ok=True)
-    write_json(directory / CONFIG_FILE, meta)
+    return tensors, meta
+
+
+def write_adapter(file: AdapterFile, directory: Path) -> Path:
+    """Write an adapter folder without a model; returns the folder."""
+    with save_whole(directory, _obsolete(directory)) as folder:
+        _write_adapter(folder, *_described(file), None)
     return directory
 
 
@@ -118,111 +157,75 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
     return {name: layer.base.kind for name, layer in pairs if isinstance(layer, AdaptedLayer)}
 
 
-def read_adapter(directory: str | Path) -> AdapterFile:
-    """Read and check an adapter folder without a model.
+def _check_finite(bank: Bank, others: dict[str, Tensor]) -> None:
+    """A folder with NaN in it would be refused by whoever loads it: better to keep the last good one."""
+    values = {**{".".join(key): view for key, view in bank.matrix_views(bank.weight).items()}, **others}
+    if not values:
+        return
+    finite = torch.stack([torch.isfinite(value.detach()).all() for value in values.values()]).tolist()
+    bad = [name for name, fine in zip(values, finite, strict=True) if not fine]
+    if bad:
+        raise ValueError(
+            f"expected finite weights to save, got NaN or infinity in {', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}; the run has "
+            "diverged: go back to an earlier checkpoint"
+        )
+
+
+def _write_adapter(
+    folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], controller: Controller | None
+) -> None:
+    stamp = {"stamp": meta["stamp"]}
+    put_tensors(folder / ADAPTER_FILE, tensors, stamp)
+    files = {ADAPTER_FILE: file_digest(folder / ADAPTER_FILE)}
+    if controller is not None:
+        state = controller.state_dict()
+        put_tensors(folder / CONTROLLER_FILE, state["tensors"], stamp)
+        files[CONTROLLER_FILE] = file_digest(folder / CONTROLLER_FILE)
+        meta = {**meta, "controller": pack(state["meta"], "the controller's state")}
+    put_json(folder / CONFIG_FILE, sealed({**meta, "files": files}))
+
+
+def save_checkpoint(
+    directory: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    controller: Controller,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write all that an exact resume needs: adapter, optimizer, controller, random number generators, ``extra``.
+
+    Between any two calls of the loop: inside an accumulation the gradients so far are saved too. The generators are those of PyTorch
+    (CPU and CUDA), NumPy and Python; one of your own (a data loader's) and a learning rate scheduler belong into ``extra``. The folder
+    holds the former checkpoint or the new one, whole, whenever the process dies.
+
+    Args:
+        extra: None, numbers, strings, tensors, and lists, tuples and dicts of them; they come back as they were, tensors on the CPU.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is truncated, foreign, or its tensors do not fit its own description.
+        TypeError: ``extra`` or the optimizer holds something that cannot be saved exactly.
+        ValueError, OSError: as :func:`save_adapter`.
     """
     directory = Path(directory)
-    meta = read_json(directory / CONFIG_FILE)
-    if meta.get("library") != "igulora" or not isinstance(meta.get("modules"), dict):
-        raise ValueError(
-            f"expected an igulora adapter in {directory}, got a {CONFIG_FILE} without its marks; was it made by igulora?"
-        )
-    if meta.get("format") != FORMAT:
-        raise ValueError(
-            f"expected adapter format {FORMAT} in {directory}, got {meta.get('format')!r}; use a matching igulora version"
-        )
-    kinds = {"config": dict, "scale": dict, "ranks": dict, "saved": list, "history": list}
-    for key, kind in kinds.items():
-        by_module = key in ("scale", "ranks")
-        if not isinstance(meta.get(key), kind) or (by_module and meta[key].keys() != meta["modules"].keys()):
-            raise ValueError(
-                f"expected {key!r} in {directory / CONFIG_FILE} to be complete, got {meta.get(key)!r}; save it again"
-            )
-    tensors = read_tensors(directory / ADAPTER_FILE)
-    config = IGUConfig.from_dict(meta["config"])
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, rank in meta["modules"].items():
-        modules[name] = {}
-        for part in _PARTS:
-            tensor = tensors.pop(f"{name}.{part}", None)
-            dims = 2 if part in ("lora_P", "lora_Q") else 1
-            if tensor is None or tensor.ndim != dims or tensor.shape[0] != rank or not tensor.is_floating_point():
-                got = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(
-                    f"expected {name}.{part} with {rank} rows in {directory / ADAPTER_FILE}, got {got}; the folder is damaged"
-                )
-            modules[name][part] = tensor
-    saved: dict[str, dict[str, Tensor]] = {name: {} for name in meta["saved"]}
-    for key in list(tensors):
-        owner = next((n for n in saved if key.startswith(f"{n}.saved.")), None)
-        if owner is None:
-            raise ValueError(
-                f"expected only tensors of the adapter in {directory / ADAPTER_FILE}, got {key!r}; the file is foreign"
-            )
-        saved[owner][key[len(owner) + len(".saved.") :]] = tensors.pop(key)
-    _check_stamp(directory / ADAPTER_FILE, meta)
-    if meta.get("controller") is not None and (directory / CONTROLLER_FILE).is_file():
-        _check_stamp(directory / CONTROLLER_FILE, meta)
-    return AdapterFile(config, modules, saved, meta, _score_terms(directory, meta))
+    tensors, meta = _adapter(model, controller)
+    ours: dict[str, Tensor] = {}
+    trainer = {
+        "format": FORMAT,
+        "stamp": meta["stamp"],
+        "optimizer": optimizer_state(model, optimizer, ours),
+        "random": random_state(ours),
+        "extra": pack(extra or {}, "extra", ours),
+    }
+    if find_bank(model).context.unstepped:
+        gradients(model, ours)
+    with save_whole(directory, _obsolete(directory)) as folder:
+        put_tensors(folder / OPTIMIZER_FILE, ours, {"stamp": meta["stamp"]})
+        files = {OPTIMIZER_FILE: file_digest(folder / OPTIMIZER_FILE)}
+        put_json(folder / TRAINER_FILE, sealed({**trainer, "files": files}))
+        _write_adapter(folder, tensors, meta, controller)
+    return directory
 
 
-def _check_stamp(path: Path, meta: dict[str, Any]) -> None:
-    """Raise unless ``path`` was written by the same call of :func:`save_adapter` as the description ``meta``."""
-    if read_metadata(path).get("stamp") != meta.get("stamp"):
-        raise ValueError(
-            f"expected {path.name} and {CONFIG_FILE} of one save in {path.parent}, got files of two; a save was interrupted or files were "
-            "mixed: take an earlier copy"
-        )
-
-
-def _score_terms(directory: Path, meta: dict[str, Any]) -> dict[str, Tensor]:
-    if meta.get("controller") is None or not (directory / CONTROLLER_FILE).is_file():
-        return {}
-    terms = read_tensors(directory / CONTROLLER_FILE)["terms"]
-    out, start = {}, 0
-    for name, rank in meta["modules"].items():
-        out[name] = terms[:, start : start + rank]
-        start += rank
-    return out
-
-
-def _check_fits(file: AdapterFile, shapes: dict[str, tuple[int, int]], directory: Path) -> None:
-    wrong = []
-    for name, parts in file.modules.items():
-        wanted = (parts["lora_P"].shape[1], parts["lora_Q"].shape[1])
-        if name not in shapes:
-            wrong.append(f"{name}: (out, in) = {wanted}, not in the model")
-        elif shapes[name] != wanted:
-            wrong.append(f"{name}: (out, in) = {wanted}, the model's is {shapes[name]}")
-    if wrong:
-        more = f"\n  ... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        raise ValueError(
-            f"expected the model that the adapter in {directory} was trained on, got another:\n  "
-            + "\n  ".join(wrong[:10])
-            + more
-        )
-
-
-def _check_saved(file: AdapterFile, modules: dict[str, nn.Module], directory: Path) -> None:
-    for name, state in file.saved.items():
-        if name not in modules:
-            raise ValueError(f"expected a model with the module {name!r} saved in {directory}, got one without it")
-        theirs = {key: tuple(value.shape) for key, value in state.items()}
-        mine = {key: tuple(value.shape) for key, value in modules[name].state_dict().items()}
-        if theirs != mine:
-            raise ValueError(
-                f"expected the module {name!r} to have the tensors saved in {directory}: {theirs}, got a model with {mine}"
-            )
-
-
-def check_fits(model: nn.Module, file: AdapterFile, directory: Path) -> None:
-    """Raise ValueError unless what was read from ``directory`` fits a base model: layers and modules to save, names and shapes."""
-    shapes = {name: (base.out_features, base.in_features) for name, base in bases_of(model).items()}
-    _check_fits(file, shapes, directory)
-    _check_saved(file, dict(model.named_modules()), directory)
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
@@ -233,20 +236,68 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """
     directory = Path(directory)
     check_plain(model)
-    return install(model, read_adapter(directory), directory)
+
+    def read() -> AdapterFile:
+        description = describe_folder(directory)
+        _check_model(description, model)
+        modules, saved = read_modules(description)
+        return AdapterFile(description.config, modules, saved, description.meta, {})
+
+    return install(model, settled(directory, (CONFIG_FILE, ADAPTER_FILE), read))
 
 
-def install(model: nn.Module, file: AdapterFile, directory: Path) -> nn.Module:
-    """Adapt a base model with what was read from ``directory``; returns the model. Everything is checked before the first change.
+def _check_model(description: Description, model: nn.Module) -> None:
+    shapes = {name: (base.out_features, base.in_features) for name, base in bases_of(model).items()}
+    _check_fits(description, shapes)
+    _check_saved(description, dict(model.named_modules()))
 
-    Raises:
-        ValueError: the adapter is another model's (names and shapes listed).
-    """
-    check_fits(model, file, directory)
+
+def check_fits(model: nn.Module, file: AdapterFile, directory: Path) -> None:
+    """Raise ValueError unless what was read from ``directory`` fits a base model: layers and modules to save, names and shapes."""
+    shapes = {name: (parts["lora_P"].shape[1], parts["lora_Q"].shape[1]) for name, parts in file.modules.items()}
+    saved = {name: {k: (v.dtype, tuple(v.shape)) for k, v in state.items()} for name, state in file.saved.items()}
+    _check_model(Description(directory, file.meta, file.config, shapes, saved, None), model)
+
+
+def install(model: nn.Module, file: AdapterFile) -> nn.Module:
+    """Adapt a base model with an adapter that fits it; returns the model."""
     ranks = [parts["lora_E"].shape[0] for parts in file.modules.values()]
     inject(model, file.config, list(file.modules), list(file.saved), ranks)
     _fill(model, file)
     return model
+
+
+def _check_fits(file: Description, shapes: dict[str, tuple[int, int]]) -> None:
+    wrong = []
+    for name, wanted in file.shapes.items():
+        if name not in shapes:
+            wrong.append(f"{name}: (out, in) = {wanted}, not in the model")
+        elif shapes[name] != wanted:
+            wrong.append(f"{name}: (out, in) = {wanted}, the model's is {shapes[name]}")
+    if wrong:
+        more = f"\n  ... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(
+            f"expected the model that the adapter in {file.directory} was trained on, got another:\n  "
+            + "\n  ".join(wrong[:10])
+            + more
+        )
+
+
+def _check_saved(file: Description, modules: dict[str, nn.Module]) -> None:
+    for name, state in file.saved.items():
+        if name not in modules:
+            raise ValueError(f"expected a model with the module {name!r} saved in {file.directory}, got one without it")
+        theirs = {key: shape for key, (_, shape) in state.items()}
+        mine = {key: tuple(value.shape) for key, value in modules[name].state_dict().items()}
+        if theirs != mine:
+            raise ValueError(
+                f"expected the module {name!r} to have the tensors saved in {file.directory}: {theirs}, got a model with {mine}"
+            )
+        for key, value in modules[name].state_dict().items():
+            if state[key][0].is_floating_point != value.dtype.is_floating_point:
+                raise ValueError(
+                    f"expected {name}.{key} in {file.directory} to be {value.dtype} as in the model, got {state[key][0]}"
+                )
 
 
 @torch.no_grad()
@@ -265,19 +316,6 @@ def _fill(model: nn.Module, file: AdapterFile) -> None:
         module.module.load_state_dict(file.saved[name])
 
 
-def _check_same(file: AdapterFile, model: nn.Module, directory: Path) -> None:
-    bank = find_bank(model)
-    shapes = {n: (layer.out_features, layer.in_features) for n, layer in zip(bank.names, bank.layers, strict=True)}
-    _check_fits(file, shapes, directory)
-    if list(file.modules) != bank.names or any(
-        parts["lora_E"].shape[0] != layer.r for parts, layer in zip(file.modules.values(), bank.layers, strict=True)
-    ):
-        raise ValueError(
-            f"expected the modules and ranks of the model in {directory}, got others; resume with the same options"
-        )
-    _check_saved(file, {name: saved.module for name, saved in saved_modules(model).items()}, directory)
-
-
 def restore_adapter(model: nn.Module, directory: str | Path, controller: Controller | None = None) -> AdapterFile:
     """Put the adapter saved in ``directory`` into a model that has the same adapters already, and the state into ``controller``.
 
@@ -288,52 +326,35 @@ def restore_adapter(model: nn.Module, directory: str | Path, controller: Control
             folder holds no state of one.
     """
     directory = Path(directory)
-    file = read_adapter(directory)
-    _check_same(file, model, directory)
-    if controller is not None:
-        meta = file.meta.get("controller")
-        if meta is None:
-            raise ValueError(
-                f"expected the state of a controller in {directory}, got an adapter alone: scores and schedule cannot go on from it; "
-                "take a folder that was saved whole (transformers: not with save_only_model=True)"
-            )
-        controller.load_state_dict({"tensors": read_tensors(directory / CONTROLLER_FILE), "meta": meta})
+
+    def read() -> tuple[AdapterFile, dict[str, Any] | None]:
+        description = describe_folder(directory)
+        _check_same(description, model)
+        modules, saved = read_modules(description)
+        state = None if controller is None else _controller_state(description, controller)
+        return AdapterFile(description.config, modules, saved, description.meta, {}), state
+
+    file, state = settled(directory, _FILES, read)
+    if controller is not None and state is not None:
+        # A step that was under way lacks its gradients here: it starts anew.
+        meta = {key: value for key, value in state["meta"].items() if key != "pending"}
+        controller.load_state_dict({**state, "meta": meta})
     _fill(model, file)
     return file
 
 
-def save_checkpoint(
-    directory: str | Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    controller: Controller,
-    extra: dict[str, Any] | None = None,
-) -> Path:
-    """Write all that an exact resume needs: adapter, optimizer, controller, random number generators, ``extra`` (JSON-able).
+def _controller_state(description: Description, controller: Controller) -> dict[str, Any]:
+    """The state of a controller, checked.
 
-    ``checkpoint.json`` is written last and names what belongs together: a folder without it is not complete.
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is damaged or of another adapter.
     """
-    directory = Path(directory)
-    (directory / TRAINER_FILE).unlink(missing_ok=True)
-    save_adapter(model, directory, controller)
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"rng.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value
-            else:
-                scalars.setdefault(str(index), {})[key] = value
-    write_tensors(directory / OPTIMIZER_FILE, tensors)
-    groups = [
-        {k: v for k, v in g.items() if isinstance(v, (int, float, bool, str, list, tuple, type(None)))}
-        for g in state["param_groups"]
-    ]
-    write_json(directory / TRAINER_FILE, {"groups": groups, "scalars": scalars, "extra": extra or {}})
-    return directory
+    state = {"tensors": read_controller(description), "meta": description.meta["controller"]}
+    try:
+        check_controller_state(controller, state)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {description.directory})") from error
+    return state
 
 
 def load_checkpoint(
@@ -341,39 +362,95 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Continue from :func:`save_checkpoint`, on a model adapted with the same options; returns ``extra``.
 
+    A compacted model has fewer stored triplets than its options say: adapt the base model with :func:`load_adapter` first.
+
     Raises:
-        FileNotFoundError, ValueError: the checkpoint is incomplete, damaged, or of another adapter or optimizer.
+        FileNotFoundError, ValueError: the checkpoint is incomplete, damaged, or of another adapter, optimizer or run; nothing is changed
+            then, neither the model nor the optimizer, the controller or a random number generator.
     """
     directory = Path(directory)
-    trainer = read_json(directory / TRAINER_FILE)
-    file = read_adapter(directory)
-    _check_same(file, model, directory)
-    tensors = read_tensors(directory / OPTIMIZER_FILE)
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        if key.startswith("rng."):
-            continue
-        index, _, name = key.partition(".")
-        if not index.isdigit() or not name:
+    changes, extra = settled(directory, _FILES, lambda: _check_checkpoint(directory, model, optimizer, controller))
+    for change in changes:
+        change()
+    return extra
+
+
+def _check_checkpoint(
+    directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, controller: Controller
+) -> tuple[list[Any], dict[str, Any]]:
+    """What :func:`load_checkpoint` has to do, once all of it is known to work."""
+    where = str(directory / TRAINER_FILE)
+    trainer = read_json(place(directory, TRAINER_FILE))
+    description = describe_folder(directory)
+    _check_same(description, model)
+    _check_options(description, model, controller)
+    optimizer_file = place(directory, OPTIMIZER_FILE)
+    if "digest" in trainer or description.meta["format"] > 1:
+        check_seal(directory / TRAINER_FILE, trainer)
+        if trainer.get("stamp") != description.meta["stamp"]:
             raise ValueError(
-                f"expected optimizer states in {directory / OPTIMIZER_FILE}, got the tensor {key!r}; the file is foreign: take a copy"
+                f"expected {TRAINER_FILE} and {CONFIG_FILE} of one save in {directory}, got files of two; an adapter was saved over a "
+                "checkpoint, or files were mixed: take an earlier copy"
             )
-        state.setdefault(int(index), {})[name] = value
-    for index, entries in trainer["scalars"].items():
-        state.setdefault(int(index), {}).update(entries)
-    groups = trainer["groups"]
-    mine = optimizer.state_dict()["param_groups"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in mine]:
+        files = trainer.get("files")
+        if not isinstance(files, dict):
+            raise ValueError(f"expected the checksums of the files in {where}, got none; the file is damaged")
+        if optimizer_file.is_file():
+            check_digest(optimizer_file, files.get(OPTIMIZER_FILE))
+    tensors = read_tensors(optimizer_file)
+    if description.meta["format"] == 1:
+        from_format_1(trainer, tensors, optimizer, str(directory))
+    load_optimizer = check_optimizer(model, optimizer, trainer.get("optimizer"), tensors, where)
+    set_random = check_random(trainer.get("random"), tensors, where)
+    set_gradients = check_gradients(model, tensors, where)
+    extra = unpack(trainer.get("extra"), where, tensors)
+    if tensors:
         raise ValueError(
-            f"expected an optimizer with the parameter groups saved in {directory}, got other groups; build it the same way"
+            f"expected states of the optimizer and of random numbers in {optimizer_file}, got {min(tensors)!r:.200}; the file is foreign"
         )
-    merged = [{**own, **saved} for own, saved in zip(mine, groups, strict=True)]
-    controller.load_state_dict({"tensors": read_tensors(directory / CONTROLLER_FILE), "meta": file.meta["controller"]})
-    _fill(model, file)
-    optimizer.load_state_dict({"state": state, "param_groups": merged})
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"rng.cuda.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"rng.cuda.{i}"], i)
-    return trainer["extra"]
+    if not isinstance(extra, dict):
+        raise ValueError(f"expected extra values in {where}, got {extra!r:.200}; the file is damaged")
+    modules, saved = read_modules(description)
+    file = AdapterFile(description.config, modules, saved, description.meta, {})
+    state = _controller_state(description, controller)
+    # The optimizer first: of all it alone runs code that is not ours.
+    changes = [
+        load_optimizer,
+        lambda: controller.load_state_dict(state),
+        lambda: _fill(model, file),
+        set_gradients,
+        set_random,
+    ]
+    return changes, extra
+
+
+def _check_same(file: Description, model: nn.Module) -> None:
+    bank = find_bank(model)
+    shapes = {n: (layer.out_features, layer.in_features) for n, layer in zip(bank.names, bank.layers, strict=True)}
+    _check_fits(file, shapes)
+    mine = {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)}
+    if list(file.modules.items()) != list(mine.items()):
+        raise ValueError(
+            f"expected the modules and ranks of the model in {file.directory}, got others; resume with the same options"
+        )
+    if any(layer.merged for layer in bank.layers):
+        raise ValueError("expected an unmerged model to resume, got a merged one; call igulora.unmerge(model) first")
+    modules: dict[str, nn.Module] = {name: module.module for name, module in saved_modules(model).items()}
+    if sorted(modules) != sorted(file.saved):
+        raise ValueError(
+            f"expected the modules to save of the model, {sorted(modules)}, in {file.directory}, got {sorted(file.saved)}; resume with the "
+            "same options"
+        )
+    _check_saved(file, modules)
+
+
+def _check_options(file: Description, model: nn.Module, controller: Controller) -> None:
+    if controller.bank is not find_bank(model):
+        raise ValueError("expected the controller of this model, got one of another model")
+    now, then = dataclasses.asdict(controller.config), dataclasses.asdict(file.config)
+    changed = [f"{key}: {then[key]!r} then, {now[key]!r} now" for key in now if now[key] != then[key]]
+    changed = [text for text in changed if text.split(":")[0] not in _FREE_OPTIONS]
+    if changed:
+        raise ValueError(
+            f"expected the options of the run saved in {file.directory}, got others ({'; '.join(changed)}); resume with the same options"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from .allocation import Allocator
 from .bank import find_bank
 from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
+from .controller_state import check_controller_state
 from .errors import nearest
 from .importance import Importance
 from .kernels import orthogonality_grad_
@@ -342,6 +344,12 @@ class Controller:
             "updates": scores["updates"],
             "initial_budget": self.allocator.schedule.initial,
             "passes": passes["meta"],
+            # Of a step under way: its gradients are the model's to keep (save_checkpoint does).
+            "pending": {
+                "unstepped": self.bank.context.unstepped,
+                "regularised": self._regularised,
+                "ran_backward": self._ran_backward,
+            },
             "history": self.history,
             "trace": self.trace,
             "series": [[step, stats.tolist()] for step, stats in self._series],
@@ -353,16 +361,13 @@ class Controller:
         """Continue where :meth:`state_dict` was taken, on a model with the same adapter.
 
         Raises:
-            ValueError: the state belongs to an adapter of another shape; nothing is changed then.
+            ValueError: the state is damaged or belongs to another adapter; nothing is changed then.
         """
+        self.bank.refresh()
+        self._follow_device()
+        check_controller_state(self, state)
         tensors, meta = state["tensors"], state["meta"]
         bank = self.bank
-        mine = {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)}
-        if meta["modules"] != mine or tensors["mean"].numel() != bank.weight.numel():
-            raise ValueError(
-                f"expected a controller state for {bank.triplets} triplets of {len(mine)} modules, got one for "
-                f"{sum(meta['modules'].values())} of {len(meta['modules'])}: it was saved for another adapter"
-            )
         self.importance.load_state_dict({**tensors, "updates": meta["updates"]})
         bank.live = tensors["live"].to(bank.device, bank.dtype)
         self.allocator = Allocator(bank, self.config, initial=int(meta["initial_budget"]))
@@ -374,5 +379,14 @@ class Controller:
             for e in meta["history"]
         ]
         if meta["trace"] == self.trace:
-            self._series = [(int(step), torch.tensor(stats)) for step, stats in meta["series"]]
+            self._series = [(int(step), _statistics(stats)) for step, stats in meta["series"]]
         self._reset_step()
+        pending = meta.get("pending")  # format 1 saved between steps only
+        if pending is not None:
+            bank.context.unstepped = pending["unstepped"]
+            self._regularised, self._ran_backward = pending["regularised"], pending["ran_backward"]
+
+
+def _statistics(rows: list[list[float | None]]) -> Tensor:
+    """(3, modules) of a saved series; None is what JSON of format 1 made of NaN."""
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows])

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import check_plain, rank_of
+from .adapter_file import AdapterFile
 from .bases import Conv1DBase
-from .checkpoint import AdapterFile, check_fits, install
+from .checkpoint import check_fits, install
 from .config import IGUConfig
 from .peft_folder import PREFIX, Factors, PeftConfig, read_parts
 from .targets import find_targets
@@ -49,7 +50,7 @@ def import_peft(
     check_fits(model, file, directory)
     by_name = dataclasses.replace(file.config, target_modules="|".join(re.escape(name) for name in file.modules))
     modules = {name: file.modules[name] for name in find_targets(model, by_name, list(file.saved))}  # in model order
-    return install(model, dataclasses.replace(file, modules=modules), directory)
+    return install(model, dataclasses.replace(file, modules=modules))
 
 
 def read_peft(directory: str | Path, config: IGUConfig | None = None, *, step: int | None = None) -> AdapterFile:

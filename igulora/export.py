@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapt import saved_modules
+from .adapter_file import read_adapter
 from .bank import find_bank
 from .bases import Conv1DBase, describe
-from .checkpoint import kinds_of, read_adapter
+from .checkpoint import kinds_of
 from .experts import ExpertBase
-from .files import write_json, write_tensors
+from .files import put_json, put_tensors
+from .folders import save_whole
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 
 
@@ -86,11 +88,12 @@ def export_peft(
         tensors |= _expert_entries(name, pairs, common, nested=_comes_first(name, experts))
     for name, state in content.saved.items():
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
-    write_tensors(directory / PEFT_WEIGHTS, tensors)
     config = _peft_config(common, ranks, targets, content, task_type, base_model)
     if experts:  # PEFT refuses dropout on parameters
         config |= {"target_parameters": sorted(experts), "lora_dropout": 0.0}
-    write_json(directory / PEFT_CONFIG, config)
+    with save_whole(directory) as folder:
+        put_tensors(folder / PEFT_WEIGHTS, tensors)
+        put_json(folder / PEFT_CONFIG, config)
     return directory
 
 

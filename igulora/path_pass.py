@@ -131,7 +131,7 @@ class PathPasses:
                 "expected the step's gradients in ctl.step(), got none; call it after optimizer.step() and before optimizer.zero_grad()"
             )
         bank.bind_grads()
-        if not self._reads_grad:
+        if not self.reads_grad:
             share = min(micro_batches, config.window - self.in_window) / config.window  # type: ignore[operator]
             self._open_accumulator()
             bank.path.add_(bank.grad, alpha=share)
@@ -139,7 +139,7 @@ class PathPasses:
         self.in_window += micro_batches
 
     @property
-    def _reads_grad(self) -> bool:
+    def reads_grad(self) -> bool:
         """AdaLoRA's window of one step needs no accumulator: the flat gradient is T."""
         config = self.config
         return config.estimator == "instantaneous" and config.window == 1 and config.aggregate == "signed"
@@ -152,7 +152,7 @@ class PathPasses:
     def close_window(self) -> Tensor:
         """End the window; returns T (or, with absolute aggregation, the mean of |w| |sample|), flat."""
         self.in_window = 0
-        if self._reads_grad:
+        if self.reads_grad:
             return self.bank.grad  # DistributedDataParallel has averaged it already
         if self.config.aggregate == "absolute":
             assert self.absolute is not None
@@ -318,13 +318,16 @@ class PathPasses:
             tensors["path"] = self.bank.path
         if self.in_window and self.absolute is not None:
             tensors["absolute"] = self.absolute
-        return {"tensors": tensors, "meta": {"in_window": self.in_window, "quadrature": quadrature}}
+        meta = {"in_window": self.in_window, "quadrature": quadrature, "mean_checked": self._mean_checked}
+        return {"tensors": tensors, "meta": meta}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Continue inside the window where :meth:`state_dict` was taken."""
         self.quadrature.load_state_dict({**meta["quadrature"], "generator": tensors["generator"]})
         self.in_window = int(meta["in_window"])
+        # A loss that draws random numbers would draw more of them if it were checked again.
+        self._mean_checked = bool(meta.get("mean_checked", False))
         if "path" in tensors:
             self.bank.path.copy_(tensors["path"])
         if "absolute" in tensors:

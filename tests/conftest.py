@@ -22,6 +22,18 @@ else:  # what somebody tuned on this machine must not decide which kernels are t
 os.environ.setdefault("IGULORA_BACKEND", "reference")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long") or "long" in config.getoption("-m").split():
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="runs for minutes: --long"))
+
+
 class Net(nn.Module):
     """Four linear layers of three shapes; ``body`` holds two of them, ``head`` comes last and is the narrowest."""
 

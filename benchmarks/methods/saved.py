@@ -10,6 +10,7 @@ from torch import nn
 import igulora
 from igulora.checkpoint import CONFIG_FILE
 from igulora.files import read_json
+from igulora.folders import place
 
 from ..cases import Case
 from .method import Batch, Method
@@ -21,7 +22,7 @@ RUN_FILE = "run.json"
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter."""
-    return (folder / CONFIG_FILE).is_file() or (folder / PEFT_FILE).is_file()
+    return place(folder, CONFIG_FILE).is_file() or (folder / PEFT_FILE).is_file()
 
 
 def base_of(folder: Path) -> str | None:
@@ -37,7 +38,7 @@ def open_adapter(folder: Path, model: nn.Module, case: Case) -> Method:
     Raises:
         ValueError, FileNotFoundError: the folder holds none, or one of another model.
     """
-    if (folder / CONFIG_FILE).is_file():
+    if place(folder, CONFIG_FILE).is_file():
         return SavedIgulora(folder, model, case)
     if (folder / PEFT_FILE).is_file():
         return SavedPeft(folder, model, case)

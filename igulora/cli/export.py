@@ -42,6 +42,6 @@ def run(args: argparse.Namespace) -> None:
     check_new(args.output)
     base = args.base_model
     if base is None and (args.adapter / RUN_FILE).is_file():
-        name = read_json(args.adapter / RUN_FILE)["model"]
+        name = read_json(args.adapter / RUN_FILE).get("model")
         base = DEMO_BASE if name == "demo" else name
     export_peft(args.adapter, args.output, base, uniform_rank=args.uniform_rank)

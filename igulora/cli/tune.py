@@ -13,6 +13,7 @@ from torch import nn
 
 from ..checkpoint import CONFIG_FILE, read_adapter
 from ..errors import first_line
+from ..folders import place
 from ..kernels import tuning
 from ..kernels.backend import interpreting
 from ..training.extras import require
@@ -102,7 +103,7 @@ def layers_of(name: str) -> list[tuple[int, int]]:
         ValueError, FileNotFoundError: there is no such model, it has no linear layer, or the adapter is damaged.
     """
     folder = Path(name)
-    if (folder / CONFIG_FILE).is_file():
+    if place(folder, CONFIG_FILE).is_file():
         shapes = [(p["lora_P"].shape[1], p["lora_Q"].shape[1]) for p in read_adapter(folder).modules.values()]
     else:
         transformers = require("transformers", "demo", "reading a model's layers")

@@ -15,6 +15,7 @@ from ..bank import Bank, find_bank
 from ..checkpoint import CONFIG_FILE, restore_adapter, save_adapter
 from ..config import IGUConfig
 from ..controller import Controller
+from ..folders import place
 from ..path_pass import other_trainables
 from .adapted import adapted_part, check_steps, load_best
 
@@ -171,7 +172,7 @@ class IGUCallback(TrainerCallback):
         folders = [Path(g) for g in given if isinstance(g, (str, os.PathLike))]
         folders.append(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         for folder in folders:
-            if (folder / CONFIG_FILE).is_file():
+            if place(folder, CONFIG_FILE).is_file():
                 return folder
         raise ValueError(
             f"expected the adapter and controller of step {state.global_step} in {folders[0]}, found no {CONFIG_FILE} there; was the "

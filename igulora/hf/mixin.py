@@ -25,6 +25,7 @@ from ..bank import find_bank
 from ..checkpoint import CONFIG_FILE, save_adapter
 from ..config import IGUConfig
 from ..controller import Controller
+from ..folders import place
 from ..objective import evaluating
 from ..optim import split_lambda
 from .adapted import adapted_part, load_best
@@ -303,7 +304,7 @@ class IGUTrainerMixin(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Overridden because the Trainer takes ``adapter_model.safetensors`` for PEFT's and finds no PEFT model."""
-        if not (Path(resume_from_checkpoint) / CONFIG_FILE).is_file():
+        if not place(Path(resume_from_checkpoint), CONFIG_FILE).is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
             return
         self._igu.restore(self.model, self.args.gradient_accumulation_steps, resume_from_checkpoint)
@@ -311,7 +312,7 @@ class IGUTrainerMixin(_Trainer):
     def _load_best_model(self) -> None:
         """As for resuming; the controller stays where training ended."""
         best = self.state.best_model_checkpoint
-        if best is None or not (Path(best) / CONFIG_FILE).is_file():
+        if best is None or not place(Path(best), CONFIG_FILE).is_file():
             super()._load_best_model()
             return
         logger.info("Loading the best adapter from %s (score: %s).", best, self.state.best_metric)

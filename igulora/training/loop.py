@@ -20,6 +20,7 @@ from ..bank import find_bank
 from ..checkpoint import TRAINER_FILE, load_checkpoint, save_adapter, save_checkpoint
 from ..controller import Controller
 from ..errors import nearest
+from ..folders import finish, place
 from ..optim import param_groups
 from .data import BatchStream
 from .progress import MetricsFile, Progress
@@ -239,11 +240,9 @@ class Trainer:
             "best_step": self._outcome.best_step,
         }
         self._check_finite()
-        folder.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(folder, self.model, self.optimizer, self.controller, {"loop": loop, "extra": self._extra})
         self._last_checkpoint = folder
-        for old in checkpoints(self.output)[: -self.settings.keep_checkpoints]:
-            shutil.rmtree(old)
+        keep_newest(self.output, self.settings.keep_checkpoints)
         return folder
 
     def _check_finite(self) -> None:
@@ -330,7 +329,19 @@ class Trainer:
 
 def checkpoints(output: Path) -> list[Path]:
     """Complete checkpoint folders of a run, oldest first."""
-    return sorted(folder.parent for folder in (output / CHECKPOINTS).glob(f"step-*/{TRAINER_FILE}"))
+    folders = sorted((output / CHECKPOINTS).glob("step-*"))
+    return [folder for folder in folders if place(folder, TRAINER_FILE).is_file()]
+
+
+def keep_newest(output: Path, count: int) -> None:
+    """Remove all but the ``count`` newest checkpoints of a run, and what killed saves and removals left of others."""
+    kept = checkpoints(output)[-count:]
+    for folder in sorted((output / CHECKPOINTS).glob("step-*")):
+        finish(folder)
+        if folder not in kept:
+            # First what makes it a checkpoint: a removal that is cut short must not leave one that cannot be loaded.
+            (folder / TRAINER_FILE).unlink(missing_ok=True)
+            shutil.rmtree(folder)
 
 
 def latest_checkpoint(output: Path) -> Path | None:

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
+from ..folders import finish
 from .loop import CHECKPOINTS, latest_checkpoint
 
 RUN_FILE = "run.json"
@@ -59,6 +61,7 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
 def clear_output(folder: Path) -> None:
     """Make the folder, and remove what an earlier run wrote into it."""
     folder.mkdir(parents=True, exist_ok=True)
+    finish(folder)  # of a save that was killed: its files are the run's too
     for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in _FILES:
@@ -72,9 +75,9 @@ def check_same_run(folder: Path, wanted: dict[str, Any], may_differ: frozenset[s
         ValueError: options differ (lists them), or the file is damaged.
     """
     try:
-        former = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected JSON in {folder / RUN_FILE}, got: {error}; start anew with --overwrite") from error
+        former = read_json(folder / RUN_FILE)
+    except ValueError as error:
+        raise ValueError(f"{error}; start anew with --overwrite") from error
     wanted = json.loads(json.dumps(wanted))
     different = []
     for part in sorted(set(former) | set(wanted)):

@@ -177,7 +177,7 @@ def test_a_checkpoint_whose_writing_was_cut_off_is_refused(build, tmp_path) -> N
     other = igulora.read_adapter(tmp_path / "out" / "checkpoint-4")
     assert other.meta["controller"] is not None
     (folder / CONTROLLER_FILE).write_bytes((tmp_path / "out" / "checkpoint-4" / CONTROLLER_FILE).read_bytes())
-    with pytest.raises(ValueError, match="of one save"):
+    with pytest.raises(ValueError, match="of another save"):
         build().train(resume_from_checkpoint=True)
 
 
