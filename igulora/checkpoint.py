@@ -52,7 +52,8 @@ OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "checkpoint.json"
 _FILES = (ADAPTER_FILE, CONTROLLER_FILE, CONFIG_FILE, OPTIMIZER_FILE, TRAINER_FILE)
 # Options that a resumed run may change: what they decided is in the tensors, or they change no bit.
 _FREE_OPTIONS = {
-    "recompute_inputs", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "init", "init_lambda", "seed",
+    "recompute_inputs", "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "rank_pattern", "init", "init_lambda",
+    "seed",
 }  # fmt: skip
 
 __all__ = [
