@@ -131,7 +131,7 @@ class SVDAdapter(nn.Module):
         if self.context.train_groups != 0:
             return self.lora_P, self.lora_E, self.lora_Q
         # A pure path pass leaves the parameters out of the graph (data-parallel wrappers count on them), but wants a backward.
-        return self.lora_P.detach().requires_grad_(torch.is_grad_enabled()), self.lora_E.detach(), self.lora_Q.detach()
+        return self.context.stand_ins[self.slot]
 
     def rows(self) -> dict[str, Any]:
         """The pass under way as arguments of the operators: scale, and which rows train or are samples of the path."""

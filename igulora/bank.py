@@ -153,7 +153,7 @@ class Bank:
         else:
             self._live = self.mask.clone()
         path, self._path = self._path, None
-        self.context.accumulators = []
+        self.context.accumulators, self.context.stand_ins = [], []
         if path is not None and path.numel() == self.layout.size:
             self.path.copy_(path)
         self._watch_backward()
@@ -249,12 +249,16 @@ class Bank:
             self._path = torch.zeros_like(self.weight)
             views: list[dict[str, Tensor]] = [{} for _ in self.layers]
             for s in self.layout.slices:
-                views[s.slot][s.name] = self._view(self._path, s)
+                views[s.slot][s.name] = _accumulator(self._view(self._path, s))
             for slot, layer in enumerate(self.layers):
                 for name in ("lora_P", "lora_Q"):
                     if name not in views[slot]:  # rank 0 has no rows in the buffers
                         views[slot][name] = torch.zeros_like(getattr(layer, name))
             self.context.accumulators = [(view["lora_P"], view["lora_E"], view["lora_Q"]) for view in views]
+            self.context.stand_ins = [
+                (layer.lora_P.detach().requires_grad_(), layer.lora_E.detach(), layer.lora_Q.detach().requires_grad_())
+                for layer in self.layers
+            ]
         return self._path
 
     @property
@@ -303,6 +307,21 @@ class Bank:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._epoch = -1  # not packed yet: the layers may still be incomplete while a copy is under way
+
+
+def _accumulator(view: Tensor) -> Tensor:
+    """A view of the path accumulator as compiled graphs take it best: written in place, not copied before and after each layer.
+
+    Of tensors that share a storage Inductor copies all that lies before the one that is changed; so each gets a storage of its own, on the
+    same memory. A parameter, because those have constant sizes in every graph: with variable ones (torch 2.13) wrong places are written.
+    """
+    if (
+        type(view) is Tensor and view.device.type in ("cpu", "cuda") and view.numel()
+    ):  # elsewhere addresses are no plain numbers
+        start, width = view.storage_offset() * view.element_size(), view.numel() * view.element_size()
+        storage = view.untyped_storage()[start : start + width]
+        view = view.new_empty(0).set_(storage, 0, view.shape, view.stride())
+    return nn.Parameter(view, requires_grad=False)
 
 
 def find_bank(model: nn.Module) -> Bank:

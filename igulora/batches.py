@@ -37,13 +37,28 @@ def map_tensors(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     return batch
 
 
+def is_flattened(batch: Any) -> bool:
+    """Whether several sequences lie behind one another in one row (packing without padding): none of them can be picked or added.
+
+    By its shapes: token ids in one row beside the lengths of sequences, or beside positions and no attention mask.
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim < 2 or ids.shape[0] != 1:
+        return False
+    if any(t.ndim > 0 and t.shape[0] != 1 for t in _leaves(batch)):
+        return True
+    return isinstance(batch.get("position_ids"), Tensor) and batch.get("attention_mask") is None
+
+
 def batch_size(batch: Any) -> int:
-    """The first dimension that the batch's tensors share.
+    """The first dimension that the batch's tensors share; 1 where sequences lie flattened in one row.
 
     Raises:
         TypeError: there is no tensor in the batch.
         ValueError: tensors disagree about the first dimension, or the batch is empty.
     """
+    if is_flattened(batch):
+        return 1
     leaves = [t for t in _leaves(batch) if t.ndim > 0]
     if not leaves:
         raise TypeError(
@@ -73,7 +88,12 @@ def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def take_rows(batch: Any, rows: Tensor) -> Any:
-    """The sequences ``rows`` (int64 index on any device) of a batch; on the batch's own device nothing waits."""
+    """The sequences ``rows`` (int64 index on any device) of a batch; on the batch's own device nothing waits.
+
+    A flattened batch is one sequence and given as it is.
+    """
+    if is_flattened(batch):
+        return batch
     return map_tensors(batch, lambda t: t if t.ndim == 0 else _chosen(t, rows))
 
 

@@ -21,23 +21,36 @@ class PathContext:
     Attributes:
         alpha: None for an ordinary pass (alpha = 1), else a device tensor () or (n,): one value per sequence.
         path_weight: (n,) weights of the path rows' gradients, or None.
-        train_groups: how many leading sequences train the adapters; None for all.
-        path_start: first sequence whose gradient goes to the path accumulator; None for none.
         accumulators: per layer slot the views for P, E and Q of the path accumulator, which path rows' gradients are added to.
+        stand_ins: per layer slot P, E and Q as leaves on the parameters' storage, which a pure path pass computes with. (Leaves: a compiled
+            graph cannot make what asks for a backward.)
         epoch: raised whenever parameters may have left the bank's buffers (``.to``, ``load_state_dict``, copies).
     """
 
     alpha: Tensor | None = None
     path_weight: Tensor | None = None
-    train_groups: int | None = None
-    path_start: int | None = None
     accumulators: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    stand_ins: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     epoch: int = 0
     enabled: bool = True
     needs_controller: bool = False
     controlled: bool = False
     unstepped: int = 0
     allowed_unstepped: int = _FREE_PASSES
+    # Numbers of sequences, as the sizes of tensors without elements: a compiled graph takes those as variables, but numbers that modules
+    # hold as constants, and would be compiled again for each batch size.
+    _trained: Tensor | None = None
+    _before_path: Tensor | None = None
+
+    @property
+    def train_groups(self) -> int | None:
+        """How many leading sequences train the adapters; None for all."""
+        return None if self._trained is None else self._trained.shape[0]
+
+    @property
+    def path_start(self) -> int | None:
+        """First sequence whose gradient goes to the path accumulator; None for none."""
+        return None if self._before_path is None else self._before_path.shape[0]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry no pass in flight and no controller; the bank rebuilds the accumulators."""
@@ -55,12 +68,15 @@ class PathContext:
         path_weight: Tensor | None = None,
     ) -> Iterator[None]:
         """Run the passes inside at ``alpha``: the first ``train_groups`` sequences train, those from ``path_start`` on are samples."""
-        before = (self.alpha, self.train_groups, self.path_start, self.path_weight)
-        self.alpha, self.train_groups, self.path_start, self.path_weight = alpha, train_groups, path_start, path_weight
+        before = (self.alpha, self._trained, self._before_path, self.path_weight)
+        self._trained, self._before_path = (
+            None if n is None else alpha.new_empty((n, 0)) for n in (train_groups, path_start)
+        )
+        self.alpha, self.path_weight = alpha, path_weight
         try:
             yield
         finally:
-            self.alpha, self.train_groups, self.path_start, self.path_weight = before
+            self.alpha, self._trained, self._before_path, self.path_weight = before
 
     def count_backward(self, _param: Tensor) -> None:
         """Called once per training backward pass (a gradient hook on one parameter)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapt import saved_modules
 from .bank import Bank
-from .batches import append_rows, batch_size, count_loss_terms, coupling, on_device, take_rows
+from .batches import append_rows, batch_size, count_loss_terms, coupling, is_flattened, on_device, take_rows
 from .config import IGUConfig
 from .objective import Objective, checked, evaluating
 from .quadrature import Quadrature, path_factors
@@ -179,6 +181,11 @@ class PathPasses:
 
     def _mixed(self, task: Objective, batch: Any, path: _PathRows) -> Tensor:
         """Training rows at alpha = 1 and path rows at theirs in one pass, each part rescaled from the joint loss to its own."""
+        if is_flattened(batch):
+            raise ValueError(
+                'expected a batch with one sequence per row for path_pass="mixed", got sequences flattened into one row (packing without '
+                'padding), which path rows cannot be added to; use IGUConfig(path_pass="separate")'
+            )
         self.mixed = True
         bank, size = self.bank, batch_size(batch)
         terms = self._terms(batch, size)
@@ -207,7 +214,7 @@ class PathPasses:
 
         Compares the joint loss with those of its parts, in evaluation mode; a loss that draws random numbers cannot be compared.
         """
-        with evaluating(self.model):
+        with evaluating(self.model), _uncompiled():
             train, again = task.loss_fn(batch), task.loss_fn(batch)
             sampled, joint = task.loss_fn(take_rows(batch, path.rows)), task.loss_fn(append_rows(batch, path.rows))
         if task.items is None:
@@ -228,6 +235,11 @@ class PathPasses:
 
     def _separate(self, task: Objective, batch: Any, path: _PathRows) -> Tensor:
         """The training pass, then a pass of the path rows alone that trains nothing."""
+        if path.copies > 1 and is_flattened(batch):
+            raise ValueError(
+                "expected a batch with one sequence per row for include_f0=True, got sequences flattened into one row (packing without "
+                "padding), which cannot run at two alphas at once; use IGUConfig(include_f0=False)"
+            )
         context = self.bank.context
         factor = path.factor * path.copies
         endpoint = path.alpha.new_full((1,), path.endpoint)
@@ -332,6 +344,13 @@ class PathPasses:
             self.bank.path.copy_(tensors["path"])
         if "absolute" in tensors:
             self.absolute = tensors["absolute"].to(self.bank.device)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Compiled functions run as written inside: a comparison made once is not worth four graphs."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _mean_over_processes(flat: Tensor) -> Tensor:

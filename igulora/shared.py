@@ -67,6 +67,8 @@ class SharedInput:
     def take(self, layer: SVDAdapter, x: Tensor) -> Taken:
         """What a layer needs for x."""
         watching = not torch.compiler.is_compiling()  # what a compiled graph was traced with stays
+        if not watching and torch.is_grad_enabled():
+            return Taken(x)  # inside a checkpoint the compiler lets nothing be kept from one layer to the next
         if layer.training is not self.layers[0].training or all(member is not layer for member in self.layers):
             return Taken(x)  # a mode of its own, or a replica of a member
         version = x._version if watching and not x.is_inference() else 0
@@ -119,9 +121,10 @@ class SharedInput:
         context = first.context
         self._seed = first.dropout_seed(x)
         layers = [layer for layer in self.layers if not layer.merged]
-        Qs: list[Tensor] = [layer.lora_Q for layer in layers]
         if context.train_groups == 0:  # a pure path pass: no parameter in the graph, yet a backward
-            Qs = [Q.detach().requires_grad_(torch.is_grad_enabled()) for Q in Qs]
+            Qs = [context.stand_ins[layer.slot][2] for layer in layers]
+        else:
+            Qs = [layer.lora_Q for layer in layers]
         sampled = context.path_start is not None
         (cast,) = under_autocast(x)
         recipe = None if first.recompute is None else first.recompute.of(cast)

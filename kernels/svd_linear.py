@@ -14,6 +14,8 @@ factor, and leaves dQ to that operator; the share of dx that goes through Q stay
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -94,7 +96,7 @@ def _fake_fwd(
     train_groups,
     path_start,
 ):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
     saved = rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), saved
 

@@ -7,6 +7,8 @@ goes through Q_i is part of each layer's own dx, inside its base product.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def _reference_fwd(
 
 
 def _fake_fwd(x, Qs, *_rest):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
     return [rank_buffer(x, rows, Q.shape[0]) for Q in Qs]
 
 

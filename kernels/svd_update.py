@@ -7,6 +7,7 @@ once more. Eager calls write into y's own storage, compiled ones make a new tens
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ _svd_update_ = torch.library.custom_op("igulora::svd_update_", mutates_args=("y"
 
 @_svd_update.register_fake
 def _(y, x, P, E, Q, mask, alpha, S, *_rest):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
     return (
         torch.empty_like(y, memory_format=torch.contiguous_format),
         rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,)),
@@ -103,7 +104,7 @@ def _(y, x, P, E, Q, mask, alpha, S, *_rest):
 
 @_svd_update_.register_fake
 def _(y, x, P, E, Q, mask, alpha, S, *_rest):
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
     return rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,))
 
 

@@ -18,7 +18,8 @@ from igulora.bank import Bank, find_bank
 from igulora.batches import batch_size, take_rows
 from igulora.config import IGUConfig
 from igulora.importance import Importance
-from igulora.path_pass import LossFn, PathPasses, _PathRows
+from igulora.objective import LossFn, Objective
+from igulora.path_pass import PathPasses, _PathRows
 from igulora.training.tasks import average_ranks, pearson
 
 # What allocation may rank by, each with a smoothing over windows. ``product`` is AdaLoRA's score, lambda's term included: beside
@@ -114,18 +115,18 @@ class Samples(PathPasses):
             bank.grad.zero_()
             bank.context.unstepped = 0  # nothing is trained here
             if self.config.estimator == "instantaneous":
-                super().train(loss_fn, batch, 1.0)
+                super().train(Objective(loss_fn), batch)
                 self.sample_training_gradient(1)
             else:
-                self.train_and_sample(self._counted(loss_fn), batch, 1.0)
+                self.train_and_sample(Objective(self._counted(loss_fn)), batch)
         bank.context.unstepped = 0
         return self.close_window()
 
-    def train(self, loss_fn: LossFn, batch: Any, scale: float) -> Tensor:
+    def train(self, task: Objective, batch: Any) -> Tensor:
         """The training pass, where a sample is taken of it."""
         if self.bank.context.path_start is None:
             return self.bank.weight.new_zeros(())
-        return super().train(loss_fn, batch, scale)
+        return super().train(task, batch)
 
     def _counted(self, loss_fn: LossFn) -> LossFn:
         def counted(batch: Any) -> Tensor:

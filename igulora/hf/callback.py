@@ -132,6 +132,9 @@ class IGUCallback(TrainerCallback):
         """Writes adapter and controller into the checkpoint that was just made."""
         if self._alone and self.controller is not None and args.should_save:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not folder.is_dir():  # a hyper-parameter search keeps its runs elsewhere
+                logger.warning("No checkpoint in %s: adapter and controller are not saved. Use IGUTrainer.", folder)
+                return
             save_adapter(adapted_part(kwargs["model"]), folder, self.controller, resumable=not args.save_only_model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -287,7 +287,9 @@ class IGUTrainerMixin(_Trainer):
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         save_adapter(part, folder, self._igu.controller, resumable=self._resumable)
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
         torch.save(self.args, folder / TRAINING_ARGS_NAME)  # as the Trainer does beside its models

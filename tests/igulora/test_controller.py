@@ -377,3 +377,86 @@ def test_autocast_around_the_whole_step(net, config, trainer, batches, loss_of) 
             optimizer.zero_grad()
     assert sum(controller.live_ranks().values()) == 8
     assert isinstance(model.first, FusedSVDLinear)
+
+
+# -- loops that send the loss backward themselves ---------------------------------------------------------------------
+
+
+def sampled(net, config, trainer, batches, options, **changes):
+    """Path accumulator and gradient after one micro-batch of a net whose lambda is not zero."""
+    model, controller, _ = trainer(net(), config(ig_fraction=0.5, orthogonality=0.2, **options))
+    for layer in model.igulora_bank.layers:
+        nn.init.normal_(layer.lora_E, generator=torch.Generator().manual_seed(1))
+    changes = {key: make(model) for key, make in changes.items()}
+    loss_fn = changes.pop("loss_fn", lambda b: (model(b[0]) - b[1]).square().mean())
+    loss = controller.backward(loss_fn, batches(1)[0], **changes)
+    return loss, controller.bank.path.clone(), controller.bank.grad.clone()
+
+
+PASSES = [
+    {"path_pass": "mixed"}, {"path_pass": "separate"}, {"estimator": "trapezoid", "include_f0": True},
+    {"estimator": "trapezoid", "include_f0": True, "path_pass": "separate"}, {"estimator": "on-path-stratified"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", PASSES, ids=str)
+def test_a_sum_over_items_is_sampled_as_a_mean(net, config, trainer, batches, options) -> None:
+    """The loss over 24 items of a whole accumulation, six of them here: a quarter of the gradient, and the samples of the mean."""
+    wanted = sampled(net, config, trainer, batches, options, step_scale=lambda m: 4.0)
+    got = sampled(
+        net, config, trainer, batches, options,
+        loss_fn=lambda m: lambda b: (m(b[0]) - b[1]).square().mean(1).sum() / 24.0,
+        items=lambda m: torch.tensor(24.0), step_scale=lambda m: 1.0,
+    )  # fmt: skip
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(4.0 * got[2], wanted[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", PASSES, ids=str)
+def test_a_scale_only_the_device_knows(net, config, trainer, batches, options) -> None:
+    """A loss scaler's factor as a tensor: the samples do not carry it, everything in the gradient does."""
+    wanted = sampled(net, config, trainer, batches, options)
+    got = sampled(
+        net, config, trainer, batches, options,
+        scale=lambda m: torch.tensor(1024.0), step_scale=lambda m: torch.tensor(1024.0),
+    )  # fmt: skip
+    assert torch.equal(got[0], wanted[0])
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(got[2] / 1024.0, wanted[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", PASSES, ids=str)
+def test_a_backward_in_the_loops_own_code(net, config, trainer, batches, options) -> None:
+    """It is given the training batch with what a mixed batch adds, and a factor that makes up for that."""
+    calls = []
+
+    def make(model):
+        def train(batch, factor):
+            loss = (model(batch[0]) - batch[1]).square().mean()
+            calls.append((batch[0].shape[0], factor))
+            (loss if factor is None else loss * factor).backward()
+            return loss.detach() if factor is None else (loss * factor).detach()
+
+        return train
+
+    wanted = sampled(net, config, trainer, batches, options)
+    got = sampled(net, config, trainer, batches, options, train=make)
+    torch.testing.assert_close(got[1:], wanted[1:], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(got[0], wanted[0])
+    ((rows, factor),) = calls
+    mixed = options.get("path_pass", "mixed") == "mixed" and options.get("estimator") != "on-path-stratified"
+    assert rows == ((12 if "include_f0" in options else 9) if mixed else 6)
+    assert (factor is not None) == mixed
+
+
+def test_the_summary_is_what_the_other_attributes_say(net, config, trainer, batches, run) -> None:
+    model, controller, optimizer = trainer(net(), config(orthogonality=0.1))
+    assert controller.summary().keys() == {"step", "budget", "phase", "live", "rank_mean", "rank_min", "rank_max"}
+    run(model, controller, optimizer, batches(20))
+    summary, ranks = controller.summary(), list(controller.live_ranks().values())
+    assert (summary["step"], summary["budget"], summary["phase"], summary["live"]) == (20, 8, 2, sum(ranks))
+    assert (summary["rank_mean"], summary["rank_min"], summary["rank_max"]) == (2.0, min(ranks), max(ranks))
+    scores = controller.importance.triplet_scores()[controller.bank.live > 0]
+    assert summary["score_mean"] == pytest.approx(float(scores.mean()), rel=1e-5)
+    assert (summary["score_min"], summary["score_max"]) == (float(scores.min()), float(scores.max()))
+    assert summary["penalty"] == float(controller.penalty)

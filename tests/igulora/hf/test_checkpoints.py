@@ -56,8 +56,11 @@ def losses(trainer: Any) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
 
-@pytest.mark.parametrize("step", [4, 11, 17], ids=["warmup-in-a-window", "pruning", "final"])
-@pytest.mark.parametrize("path_pass", ["mixed", "separate"])
+@pytest.mark.parametrize(
+    ("path_pass", "step"),
+    [("mixed", 4), ("mixed", 11), ("separate", 17)],
+    ids=["warmup-in-a-window", "pruning", "final"],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(build, state_of, assert_same, tmp_path, path_pass, step) -> None:
     """In the middle of an epoch (ten micro-batches, five steps), with dropout: losses, weights, masks, scores, bit by bit."""
     options = {"path_pass": path_pass}
@@ -71,9 +74,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(build, state_of, assert_same, tm
     assert_same(state_of(resumed), state_of(whole))
 
 
-@pytest.mark.parametrize("step", [4, 17])
 @pytest.mark.parametrize(
-    "options", [{"method": "adalora"}, {"estimator": "instantaneous", "aggregate": "absolute"}], ids=str
+    ("options", "step"),
+    [({"method": "adalora"}, 4), ({"estimator": "instantaneous", "aggregate": "absolute"}, 17)],
+    ids=["adalora", "absolute"],
 )
 def test_so_it_is_with_the_callback_alone(build, state_of, assert_same, tmp_path, options, step) -> None:
     whole = build(

@@ -31,10 +31,7 @@ class Overflows(IGUTrainer):
         return loss * torch.inf if self.model.training and self.state.global_step in self.at else loss
 
 
-OPTIONS = [
-    {"path_pass": "mixed"}, {"path_pass": "separate"}, {"estimator": "on-path"}, {"estimator": "trapezoid"},
-    {"method": "adalora"},
-]  # fmt: skip
+OPTIONS = [{"path_pass": "mixed"}, {"estimator": "trapezoid", "path_pass": "separate"}, {"method": "adalora"}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -44,7 +41,7 @@ def test_a_loss_scale_changes_nothing(llama, rows, arguments, config, state_of, 
     for factor in (None, 2.0**7):
         model = igulora.adapt(llama(), config(orthogonality=0.1, **options))
         # Clipping would unscale first, which accelerate does where it made the scaler itself.
-        args = arguments(gradient_accumulation_steps=2, max_grad_norm=0.0)
+        args = arguments(max_grad_norm=0.0)
         trainer = IGUTrainer(model=model, args=args, train_dataset=rows())
         if factor:
             with_scaler(trainer, factor)
@@ -57,7 +54,7 @@ def test_the_callbacks_penalty_takes_the_loss_scale(llama, rows, arguments, conf
     ends = []
     for factor in (None, 2.0**7):
         model = igulora.adapt(llama(), config(method="adalora", init="gaussian", orthogonality=0.5))
-        args = arguments(gradient_accumulation_steps=2, max_grad_norm=0.0)
+        args = arguments(max_grad_norm=0.0)
         trainer = transformers.Trainer(model=model, args=args, train_dataset=rows(), callbacks=[IGUCallback()])
         if factor:
             with_scaler(trainer, factor)
@@ -98,39 +95,57 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("path_pass", ["mixed", "separate"])
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "path_pass"),
     [
-        {"bf16": True},
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"optim": "adamw_torch"},
-        {"optim": "sgd", "learning_rate": 0.1},
+        ({"bf16": True}, "mixed"),
+        ({"bf16": True}, "separate"),
+        ({"gradient_checkpointing": True}, "mixed"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "separate"),
+        ({"optim": "sgd", "learning_rate": 0.1}, "mixed"),
     ],
-    ids=lambda c: "-".join(c),
+    ids=["bf16-mixed", "bf16-separate", "checkpointing", "reentrant", "sgd"],
 )
 # The older name works with every version; from 5.20 or so it is deprecated.
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning:transformers")
 def test_arguments_of_the_trainer(llama, rows, arguments, config, changes, path_pass) -> None:
     """The same losses as with plain arguments (and the same optimizer)."""
     runs = []
-    base = {"logging_steps": 1, "gradient_accumulation_steps": 2}
+    base = {"logging_steps": 1}
     for extra in (changes, {k: v for k, v in changes.items() if k in ("optim", "learning_rate")}):
         model = igulora.adapt(llama(), config(path_pass=path_pass))
         runs.append(losses(IGUTrainer(model=model, args=arguments(**{**base, **extra}), train_dataset=rows())))
     assert runs[0] == pytest.approx(runs[1], rel=1e-2 if "bf16" in changes else 1e-4)
 
 
+class Regressor(nn.Module):
+    """Not a PreTrainedModel: any module that returns a loss."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.net(x) - labels).square().mean()}
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning:torch")
-def test_a_compiled_model(llama, rows, arguments, config) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own look
+@pytest.mark.parametrize("path_pass", ["mixed", "separate"])
+def test_a_compiled_model_that_is_no_pretrained_one(net, arguments, config, path_pass, tmp_path) -> None:
     torch._dynamo.reset()
+    g = torch.Generator().manual_seed(3)
+    data = [{"x": torch.randn(8, generator=g), "labels": torch.randn(3, generator=g)} for _ in range(40)]
     runs = []
-    for extra in ({"torch_compile": True, "torch_compile_backend": "eager"}, {}):
-        model = igulora.adapt(llama(), config(path_pass="separate", total_steps=12, t_final=2))
-        args = arguments(logging_steps=1, max_steps=12, **extra)
-        runs.append(losses(IGUTrainer(model=model, args=args, train_dataset=rows(40))))
+    for extra in ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {}):
+        model = igulora.adapt(Regressor(net()), config(path_pass=path_pass))
+        args = arguments(logging_steps=1, save_strategy="steps", save_steps=20, **extra)
+        trainer = IGUTrainer(model=model, args=args, train_dataset=data)
+        trainer.train()
+        runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert sum(igulora.read_adapter(tmp_path / "out" / "checkpoint-20").meta["ranks"].values()) == 8
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
