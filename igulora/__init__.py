@@ -10,6 +10,7 @@ for batch in loader:
 
 from typing import TYPE_CHECKING, Any
 
+from . import distributed
 from .adapt import adapt, merge, remove, unmerge
 from .bank import Bank, find_bank
 from .checkpoint import AdapterFile, load_adapter, read_adapter, save_adapter
@@ -39,6 +40,7 @@ __all__ = [
     "adapt",
     "adapters_disabled",
     "compact",
+    "distributed",
     "export_peft",
     "find_bank",
     "import_peft",

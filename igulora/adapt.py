@@ -15,6 +15,7 @@ from .layers import AdaptedLayer, wrap
 from .recompute import Recompute
 from .saved import SavedModule
 from .targets import find_saved, find_targets
+from .unwrap import reshard, unwrap
 
 
 def rank_of(name: str, config: IGUConfig, parameter: str | None = None) -> int:
@@ -149,7 +150,7 @@ def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The modules trained whole, by full name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, SavedModule)}
+    return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, SavedModule)}
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -161,6 +162,7 @@ def merge(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     if any(layer.merged for layer in layers):
         raise ValueError("expected an unmerged model, got a merged one; call igulora.unmerge(model) first")
+    reshard(model)
     for layer in layers:
         layer.merge()
     return model
@@ -175,6 +177,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     if not all(layer.merged for layer in layers):
         raise ValueError("expected a merged model, got an unmerged one; call igulora.merge(model) first")
+    reshard(model)
     for layer in layers:
         layer.unmerge()
     return model
@@ -189,6 +192,7 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not adapted.
     """
+    model = unwrap(model)
     layers = adapted_layers(model)
     merged = bool(layers) and all(layer.merged for layer in layers)
     swaps: dict[int, nn.Module] = {
@@ -198,6 +202,9 @@ def remove(model: nn.Module) -> nn.Module:
     for saved in saved_modules(model).values():
         swaps[id(saved)] = saved.module.requires_grad_(False) if merged else saved.original
     _replace(model, swaps)
+    averaging = vars(model).pop("igulora_averaging", None)
+    if averaging is not None:
+        averaging.stop()
     del model.igulora_bank
     del model.igulora_config
     return model

@@ -19,6 +19,7 @@ from .context import PathContext
 from .kernels.importance import row_table
 from .kernels.orthogonality import work_table
 from .shared import share_inputs
+from .unwrap import unwrap
 
 _ALIGN = 64  # elements: every region starts on a 256-byte boundary, so that kernels may use 16-byte accesses
 
@@ -325,12 +326,12 @@ def _accumulator(view: Tensor) -> Tensor:
 
 
 def find_bank(model: nn.Module) -> Bank:
-    """The bank of an adapted model, its views intact.
+    """The bank of an adapted model (or of one inside DistributedDataParallel or torch.compile), its views intact.
 
     Raises:
         ValueError: the model is not adapted.
     """
-    bank = getattr(model, "igulora_bank", None)
+    bank = getattr(unwrap(model), "igulora_bank", None)
     if bank is None:
         raise ValueError(
             f"expected a model adapted by igulora.adapt, got a plain {type(model).__name__}; call igulora.adapt(model, config) first"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .bank import Bank, find_bank
 from .config import IGUConfig
 from .controller import Controller
 from .controller_state import check_controller_state
+from .distributed import Processes, average_gradients
 from .experts import bases_of
 from .files import check_digest, check_seal, file_digest, put_json, put_tensors, read_json, read_tensors, sealed
 from .folders import place, save_whole, settled
@@ -47,6 +49,7 @@ from .training_state import (
     optimizer_state,
     random_state,
 )
+from .unwrap import unwrap
 
 OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "checkpoint.json"
 _FILES = (ADAPTER_FILE, CONTROLLER_FILE, CONFIG_FILE, OPTIMIZER_FILE, TRAINER_FILE)
@@ -73,7 +76,12 @@ __all__ = [
 
 
 def save_adapter(
-    model: nn.Module, directory: str | Path, controller: Controller | None = None, *, resumable: bool = True
+    model: nn.Module,
+    directory: str | Path,
+    controller: Controller | None = None,
+    *,
+    resumable: bool = True,
+    write: bool | None = None,
 ) -> Path:
     """Write the adapter of ``model`` (and the controller's state) into ``directory``; returns the folder.
 
@@ -84,15 +92,20 @@ def save_adapter(
         directory: made when missing.
         controller: its history of ranks is written, and its state.
         resumable: False leaves the state out: scores and the sums of an unfinished window, three times the size of the adapter.
+        write: whether this process writes; by default the first one does, and the others return at once. The state is then that of the
+            first process: inside a window its own samples, unless ``controller.passes.reduce_window()`` was called in every process before
+            (:func:`save_checkpoint` does).
 
     Raises:
         ValueError: the model is not adapted, or merged, or its trained weights are not finite. OSError: the disk is full or read-only. What
             was saved before stays then.
     """
-    directory = Path(directory)
-    tensors, meta = _adapter(model, controller)
-    with save_whole(directory, _obsolete(directory)) as folder:
-        _write_adapter(folder, tensors, meta, controller if resumable else None)
+    directory, model = Path(directory), unwrap(model)
+    processes = Processes() if controller is None else controller.processes
+    if processes.rank == 0 if write is None else write:
+        tensors, meta = _adapter(model, controller)
+        with save_whole(directory, _obsolete(directory)) as folder:
+            _write_adapter(folder, tensors, meta, controller if resumable else None)
     return directory
 
 
@@ -199,22 +212,46 @@ def save_checkpoint(
     (CPU and CUDA), NumPy and Python; one of your own (a data loader's) and a learning rate scheduler belong into ``extra``. The folder
     holds the former checkpoint or the new one, whole, whenever the process dies.
 
+    With several processes all of them call this: sums of an unfinished window, gradients of a step under way and generators are gathered,
+    and the first one writes while the others wait. A run goes on with any number of processes: as the uninterrupted one where there are as
+    many, and equal to it up to rounding where fewer share the same joint batches.
+
     Args:
         extra: None, numbers, strings, tensors, and lists, tuples and dicts of them; they come back as they were, tensors on the CPU.
 
     Raises:
         TypeError: ``extra`` or the optimizer holds something that cannot be saved exactly.
-        ValueError, OSError: as :func:`save_adapter`.
+        ValueError, OSError: as :func:`save_adapter`; in the other processes a ValueError that quotes it.
     """
-    directory = Path(directory)
+    directory, model, processes = Path(directory), unwrap(model), controller.processes
+    controller.passes.reduce_window()
+    if processes.count > 1 and find_bank(model).context.unstepped:
+        average_gradients(model, processes)
+    drawn: dict[str, Tensor] = {}
+    random = processes.gather((random_state(drawn), drawn))
+    processes.first_only(lambda: _write_checkpoint(directory, model, optimizer, controller, extra or {}, random))
+    return directory
+
+
+def _write_checkpoint(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    controller: Controller,
+    extra: dict[str, Any],
+    random: list[tuple[dict[str, Any], dict[str, Tensor]]],
+) -> None:
     tensors, meta = _adapter(model, controller)
     ours: dict[str, Tensor] = {}
+    for k, (_, drawn) in enumerate(random):
+        ours |= {f"{_of_process(k)}{name}": value for name, value in drawn.items()}
     trainer = {
         "format": FORMAT,
         "stamp": meta["stamp"],
         "optimizer": optimizer_state(model, optimizer, ours),
-        "random": random_state(ours),
-        "extra": pack(extra or {}, "extra", ours),
+        "random": random[0][0],
+        "random_of_others": [state for state, _ in random[1:]],
+        "extra": pack(extra, "extra", ours),
     }
     if find_bank(model).context.unstepped:
         gradients(model, ours)
@@ -223,7 +260,30 @@ def save_checkpoint(
         files = {OPTIMIZER_FILE: file_digest(folder / OPTIMIZER_FILE)}
         put_json(folder / TRAINER_FILE, sealed({**trainer, "files": files}))
         _write_adapter(folder, tensors, meta, controller)
-    return directory
+
+
+def _of_process(k: int) -> str:
+    """What the names of the random states of process ``k`` begin with; the first one's have names of their own."""
+    return f"process.{k}." if k else ""
+
+
+def _own_random(trainer: dict[str, Any], tensors: dict[str, Tensor], rank: int, where: str) -> Callable[[], None]:
+    """Check the random states of all processes; returns what sets this one's, the first one's where there was none."""
+    others = trainer.get("random_of_others", [])
+    if not isinstance(others, list):
+        raise ValueError(f"expected the random states of the other processes in {where}, got {others!r:.200}")
+    restore = check_random(trainer.get("random"), tensors, where)
+    for k, state in enumerate(others, start=1):
+        start = _of_process(k)
+        drawn = {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
+        set_random = check_random(state, drawn, where)
+        if drawn:
+            raise ValueError(
+                f"expected random states of process {k} in {where}, got {min(drawn)!r:.200}; the file is foreign"
+            )
+        if k == rank:
+            restore = set_random
+    return restore
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -369,7 +429,7 @@ def load_checkpoint(
         FileNotFoundError, ValueError: the checkpoint is incomplete, damaged, or of another adapter, optimizer or run; nothing is changed
             then, neither the model nor the optimizer, the controller or a random number generator.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), unwrap(model)
     changes, extra = settled(directory, _FILES, lambda: _check_checkpoint(directory, model, optimizer, controller))
     for change in changes:
         change()
@@ -402,7 +462,7 @@ def _check_checkpoint(
     if description.meta["format"] == 1:
         from_format_1(trainer, tensors, optimizer, str(directory))
     load_optimizer = check_optimizer(model, optimizer, trainer.get("optimizer"), tensors, where)
-    set_random = check_random(trainer.get("random"), tensors, where)
+    set_random = _own_random(trainer, tensors, controller.processes.rank, where)
     set_gradients = check_gradients(model, tensors, where)
     extra = unpack(trainer.get("extra"), where, tensors)
     if tensors:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,16 @@ from .bank import find_bank
 from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
 from .controller_state import check_controller_state
+from .distributed import Processes, check_averaged, check_synced
 from .errors import nearest
 from .importance import Importance
 from .kernels import orthogonality_grad_
 from .objective import LossFn, Objective, TrainFn
 from .path_pass import PathPasses
+from .unwrap import check_wrappers, find_ddp, unwrap
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,29 @@ class Controller:
         opt.step(); ctl.step(); opt.zero_grad()
 
     Args:
-        model: adapted by :func:`igulora.adapt`.
+        model: adapted by :func:`igulora.adapt`; it may be wrapped (DistributedDataParallel, torch.compile).
         accumulation_steps: micro-batches per optimizer step; the loss of each is divided by it.
         trace: adapted modules whose series of y_t, running mean, deviation and SNR_t are recorded (IGU-LoRA figure 7), or "all".
         loss_terms: ``batch -> (batch,)`` number of terms each sequence adds to the mean loss; by default read from the labels
             (:func:`igulora.batches.count_loss_terms`). Needed for mixed batches of models that count otherwise.
+        process_group: the processes that train this model on batches of their own; DistributedDataParallel's where ``model`` is one, else
+            all there are.
+        joint_mean: for batches of different sizes. DistributedDataParallel gives the batch of every process the same weight, and so path
+            samples are averaged; with ``joint_mean`` losses and samples are weighed by their loss terms, so that gradients and scores are
+            those of one process that has all the rows. Costs one all-reduce of a number per micro-batch.
+
+    With several processes every one makes the same number of :meth:`backward` and :meth:`step` calls, in the same order: the path gradient
+    is reduced once a window. Scores, masks and, with equal gradients, weights are bit-equal in all of them. With batches of one size (or
+    ``joint_mean``) they equal, up to rounding, those of one process that trains on the joint batch; not so for ``aggregate="absolute"``,
+    where the micro-batch of each process counts as a mini-batch of its own, and where ``ig_fraction`` < 1 draws other sequences.
 
     Attributes:
         global_step: optimizer steps so far. budget: what may live now. phase: "warmup", "pruning" or "final".
         penalty: the last orthogonality penalty R, a () tensor, or None.
 
     Raises:
-        ValueError: the model is not adapted, a traced name is unknown, pruning would start before three score updates, or a mixed batch is
-            asked of a model whose rows influence each other.
+        ValueError: the model is not adapted, or wrapped by something that takes its adapters apart (says what to use), a traced name is
+            unknown, pruning would start before three score updates, or a mixed batch is asked of a model whose rows influence each other.
     """
 
     def __init__(
@@ -64,10 +79,16 @@ class Controller:
         accumulation_steps: int = 1,
         trace: Iterable[str] | str = (),
         loss_terms: Callable[[Any], Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
+        joint_mean: bool = False,
     ) -> None:
         if accumulation_steps < 1:
             raise ValueError(f"expected accumulation_steps >= 1, got {accumulation_steps}")
-        self.model, self.bank = model, find_bank(model)
+        check_wrappers(model)
+        check_averaged(model)
+        self._ddp = find_ddp(model)
+        self.model = model = unwrap(model)
+        self.bank = find_bank(model)
         self.config: IGUConfig = model.igulora_config  # type: ignore[assignment]
         self.accumulation_steps = accumulation_steps
         self.trace = list(self.bank.names) if trace == "all" else list(trace)
@@ -76,7 +97,12 @@ class Controller:
                 raise ValueError(
                     f"expected trace to name adapted modules, got {name!r}.{nearest(name, self.bank.names)}"
                 )
-        self.passes = PathPasses(model, self.bank, self.config, loss_terms)
+        self.processes = Processes(
+            self._ddp.process_group if process_group is None and self._ddp is not None else process_group
+        )
+        _ = self.processes.rank  # raises where this process is not among them
+        self.passes = PathPasses(model, self.bank, self.config, loss_terms, self.processes)
+        self.joint_mean = joint_mean
         self.importance = Importance(self.bank, self.config)
         self.allocator = Allocator(self.bank, self.config)
         self.global_step = 0
@@ -226,13 +252,23 @@ class Controller:
         bank.refresh()
         self._follow_device()
         bank.context.check_stepped()
+        if self._ddp is not None and self._ddp._join_config.enable and self.processes.count > 1:
+            raise ValueError(
+                "expected every process to run as many micro-batches as the others, got DistributedDataParallel.join(): processes that are "
+                "out of data would miss the reduction of the path gradient. Use a DistributedSampler, or accelerate's even_batches"
+            )
+        if self.joint_mean and items is not None:
+            raise ValueError(
+                "expected either joint_mean or items, got both: a loss divided by the items of all processes is a joint mean already"
+            )
         if bank.layers and bank.layers[0].merged:
             raise ValueError("expected an unmerged model to train, got a merged one; call igulora.unmerge(model) first")
         bank.bind_grads()
         scale = 1.0 / self.accumulation_steps if scale is None else scale
         self._ran_backward = True
         run = self.passes.train_and_sample if self.samples_path else self.passes.train
-        loss = run(Objective(loss_fn, scale, items, train), batch)
+        share = self.passes.share_of(batch) if self.joint_mean and self.processes.count > 1 else None
+        loss = run(Objective(loss_fn, scale, items, train, share), batch)
         self.regularise(scale * self.accumulation_steps if step_scale is None else step_scale)
         return loss
 
@@ -282,6 +318,7 @@ class Controller:
             ValueError: an allocation is due and there are too few score updates.
         """
         bank, config = self.bank, self.config
+        check_synced(self.model)
         bank.refresh()
         self._follow_device()
         micro_batches = max(bank.context.unstepped, 1)
@@ -331,7 +368,10 @@ class Controller:
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"tensors": name -> tensor, "meta": JSON-able}``: everything that an exact resume needs beside the adapter itself."""
+        """``{"tensors": name -> tensor, "meta": JSON-able}``: everything that an exact resume needs beside the adapter itself.
+
+        Of several processes each has sums of its own inside a window; :meth:`PathPasses.reduce_window` of ``passes`` makes them equal.
+        """
         passes, scores = self.passes.state_dict(), self.importance.state_dict()
         tensors: dict[str, Tensor] = {
             "live": self.bank.live,

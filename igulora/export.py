@@ -18,6 +18,7 @@ from .experts import ExpertBase
 from .files import put_json, put_tensors
 from .folders import save_whole
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
+from .unwrap import unwrap
 
 
 def lora_factors(P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -56,6 +57,7 @@ def export_peft(
     """
     directory = Path(directory)
     if isinstance(source, nn.Module):
+        source = unwrap(source)
         content = _from_model(source)
         base_model = base_model or getattr(getattr(source, "config", None), "_name_or_path", None)
         task_type = _task_type(source)

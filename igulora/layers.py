@@ -13,6 +13,7 @@ from .adapter import SVDAdapter
 from .bases import Base, describe, is_plain_product
 from .kernels import svd_linear, svd_update
 from .shared import Taken
+from .unwrap import placed_as
 
 
 class LinearAdapter(SVDAdapter):
@@ -82,7 +83,8 @@ class AdaptedLayer(SVDAdapter):
         if self.merged:
             raise ValueError("expected an unmerged layer, got a merged one; unmerge it first")
         base = self.base
-        error = base.assign(base.dense().to(self.lora_P.dtype) + self.delta_weight())
+        dense = base.dense().to(self.lora_P.dtype)
+        error = base.assign(dense + placed_as(self.delta_weight(), dense))
         self.merged = True
         return error
 
@@ -92,7 +94,8 @@ class AdaptedLayer(SVDAdapter):
         if not self.merged:
             raise ValueError("expected a merged layer, got an unmerged one; nothing to undo")
         base = self.base
-        base.assign(base.dense().to(self.lora_P.dtype) - self.delta_weight())
+        dense = base.dense().to(self.lora_P.dtype)
+        base.assign(dense - placed_as(self.delta_weight(), dense))
         self.merged = False
 
 

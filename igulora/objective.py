@@ -25,15 +25,19 @@ class Objective:
         train: forward and backward of a training batch in the loop's own code, ``(batch, factor) -> loss``, detached: the loss is
             multiplied by the () tensor ``factor`` (None for 1) and goes backward with ``scale``. By default ``loss_fn`` and a plain
             backward.
+        share: () what this process's batch weighs among those of the others, or None where all weigh the same; samples of the path keep it.
     """
 
     loss_fn: LossFn
     scale: float | Tensor = 1.0
     items: Tensor | float | None = None
     train: TrainFn | None = None
+    share: Tensor | None = None
 
     def train_on(self, batch: Any, factor: Tensor | None = None) -> Tensor:
         """Forward and backward; returns the detached loss."""
+        if self.share is not None:
+            factor = self.share if factor is None else factor * self.share
         if self.train is not None:
             return self.train(batch, factor)
         loss = checked(self.loss_fn(batch))
@@ -45,7 +49,8 @@ class Objective:
 
     def sample_on(self, batch: Any) -> None:
         """Forward and backward of path rows alone. They carry the scale too: a loss scaler keeps 16-bit gradients from vanishing."""
-        self._scaled(checked(self.loss_fn(batch))).backward()
+        loss = self._scaled(checked(self.loss_fn(batch)))
+        (loss if self.share is None else loss * self.share).backward()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if _is_one(self.scale) else loss * self.scale

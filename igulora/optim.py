@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .bank import find_bank
+from .unwrap import unwrap
 
 # Per Adam step each lambda moves by about its learning rate while a whole row of P moves by sqrt(out) times it: a ratio of the order of
 # sqrt(d) makes Delta W of orthonormal directions grow as fast as LoRA's. Chosen from the probe of ALGORITHMS 6 (10x and 30x beat 1x).
@@ -33,6 +34,7 @@ def param_groups(
     """
     if lr <= 0:
         raise ValueError(f"expected a learning rate lr > 0, got {lr}")
+    model = unwrap(model)
     bank = find_bank(model)
     lambda_lr_ratio = _ratio(model, lambda_lr_ratio)
     vectors = [p for layer in bank.layers for p in (layer.lora_P, layer.lora_Q) if p.requires_grad]

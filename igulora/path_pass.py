@@ -15,6 +15,7 @@ from .adapt import saved_modules
 from .bank import Bank
 from .batches import append_rows, batch_size, count_loss_terms, coupling, is_flattened, on_device, take_rows
 from .config import IGUConfig
+from .distributed import Processes
 from .objective import Objective, checked, evaluating
 from .quadrature import Quadrature, path_factors
 
@@ -39,6 +40,7 @@ class PathPasses:
     Args:
         model, bank, config: the adapted model and its options.
         loss_terms: ``batch -> (batch,)`` loss terms per sequence; read from the labels by default.
+        processes: those that train one model on batches of their own.
 
     Attributes:
         in_window: micro-batches of the current window so far.
@@ -51,11 +53,17 @@ class PathPasses:
     """
 
     def __init__(
-        self, model: nn.Module, bank: Bank, config: IGUConfig, loss_terms: Callable[[Any], Tensor] | None
+        self,
+        model: nn.Module,
+        bank: Bank,
+        config: IGUConfig,
+        loss_terms: Callable[[Any], Tensor] | None,
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.bank, self.config = model, bank, config
         self.loss_terms = loss_terms
-        self.quadrature = Quadrature(config)
+        self.processes = processes or Processes()
+        self.quadrature = Quadrature(config, self.processes)
         self.in_window = 0
         self.absolute: Tensor | None = None
         self.mixed = self.sampled = False
@@ -107,8 +115,6 @@ class PathPasses:
     def train_and_sample(self, task: Objective, batch: Any) -> Tensor:
         """A training pass and, where the window wants one of this micro-batch, a sample of the path gradient."""
         config = self.config
-        if self.in_window == 0:
-            self.quadrature.start_window()
         due = self.due
         if due:
             self._open_accumulator()
@@ -154,12 +160,18 @@ class PathPasses:
     def close_window(self) -> Tensor:
         """End the window; returns T (or, with absolute aggregation, the mean of |w| |sample|), flat."""
         self.in_window = 0
+        self.quadrature.next_window()
         if self.reads_grad:
-            return self.bank.grad  # DistributedDataParallel has averaged it already
-        if self.config.aggregate == "absolute":
-            assert self.absolute is not None
-            return _mean_over_processes(self.absolute)
-        return _mean_over_processes(self.bank.path)
+            return self.bank.grad
+        absolute = self.config.aggregate == "absolute"
+        total = self.absolute if absolute else self.bank.path
+        assert total is not None
+        return self._mean_(total)
+
+    def _mean_(self, total: Tensor) -> Tensor:
+        """What the processes' samples add up to: the one reduction of a window."""
+        # The training gradient was averaged before it was sampled (DistributedDataParallel, igulora.distributed).
+        return total if self.config.estimator == "instantaneous" else self.processes.mean_(total)
 
     def _draw(self, batch: Any) -> _PathRows:
         chosen = self.quadrature.rows_of(batch_size(batch))
@@ -297,6 +309,10 @@ class PathPasses:
             self.absolute.zero_()
         self.absolute.add_((self.bank.weight * self.bank.path).abs_())
 
+    def share_of(self, batch: Any) -> Tensor:
+        """() loss terms of this process's batch over their mean over the processes."""
+        return self.processes.share(self._terms(batch, batch_size(batch)).sum())
+
     def _terms(self, batch: Any, size: int) -> Tensor:
         terms = self.loss_terms(batch) if self.loss_terms is not None else count_loss_terms(batch, self.model)
         if not isinstance(terms, Tensor) or tuple(terms.shape) != (size,):
@@ -314,11 +330,14 @@ class PathPasses:
         self.absolute = None if self.absolute is None else self.absolute.to(device)
 
     def reduce_window(self) -> None:
-        """Make the sums of an unfinished window those of all data-parallel processes: what one of them saves, all may go on from."""
+        """Make the sums of an unfinished window those of all data-parallel processes: what one of them saves, all may go on from.
+
+        A collective: all of them call it. What the window adds up to in the end stays the same.
+        """
         if self.in_window and self.bank.context.accumulators:
-            _mean_over_processes(self.bank.path)
+            self._mean_(self.bank.path)
         if self.in_window and self.absolute is not None:
-            _mean_over_processes(self.absolute)
+            self._mean_(self.absolute)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -351,16 +370,6 @@ def _uncompiled() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled yet, and the import takes seconds
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-def _mean_over_processes(flat: Tensor) -> Tensor:
-    """Data-parallel processes hold different batches: one reduction a window makes their scores, and so their masks, equal."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-        if processes > 1:
-            torch.distributed.all_reduce(flat)
-            flat /= processes
-    return flat
 
 
 def _ours(model: nn.Module, bank: Bank) -> set[int]:

@@ -135,7 +135,8 @@ class IGUCallback(TrainerCallback):
             if not folder.is_dir():  # a hyper-parameter search keeps its runs elsewhere
                 logger.warning("No checkpoint in %s: adapter and controller are not saved. Use IGUTrainer.", folder)
                 return
-            save_adapter(adapted_part(kwargs["model"]), folder, self.controller, resumable=not args.save_only_model)
+            part, resumable = adapted_part(kwargs["model"]), not args.save_only_model
+            save_adapter(part, folder, self.controller, resumable=resumable, write=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes up the best checkpoint's masks with its weights; says so when the ranks are not final."""

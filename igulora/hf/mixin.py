@@ -286,7 +286,7 @@ class IGUTrainerMixin(_Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        save_adapter(part, folder, self._igu.controller, resumable=self._resumable)
+        save_adapter(part, folder, self._igu.controller, resumable=self._resumable, write=True)
         tokenizer = self.processing_class
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)

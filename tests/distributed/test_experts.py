@@ -1,4 +1,4 @@
-"""Data-parallel processes: different batches, equal scores, masks and weights."""
+"""Data-parallel processes whose tokens go to different experts: equal scores, masks and weights."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+# Each process sends its tokens to an expert of its own and to one that both use; the fourth stays idle.
 SCRIPT = """
 import sys
 import torch
@@ -24,28 +24,6 @@ import igulora
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-torch.manual_seed(0)
-model = MODEL
-config = igulora.IGUConfig(r=4, total_steps=24, window=2, ig_every=1, ig_fraction=0.5, **eval(sys.argv[2]))
-igulora.adapt(model, config)
-ctl = igulora.Controller(model)
-replica = DistributedDataParallel(model)
-optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=3e-2))
-generator = torch.Generator().manual_seed(dist.get_rank())
-for _ in range(24):
-    x = torch.randn(6, 6, generator=generator)
-    ctl.backward(lambda x: (replica(x) - x[:, :4]).square().mean(), x)
-    optimizer.step(); ctl.step(); optimizer.zero_grad()
-bank = ctl.bank
-save_file({"weight": bank.weight, "live": bank.live, "mean": ctl.importance.mean}, f"{sys.argv[1]}/{dist.get_rank()}.safetensors")
-dist.destroy_process_group()
-"""
-
-LAYERS = SCRIPT.replace("MODEL", "nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4))")
-# Each process sends its tokens to an expert of its own and to one that both use; the fourth stays idle.
-MIXTURE = SCRIPT.replace("MODEL", "Mixture()").replace(
-    "torch.manual_seed(0)\n",
-    """
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -62,31 +40,37 @@ class Mixture(nn.Module):
         return self.experts(x, choice, torch.tensor([[0.7, 0.3]]).repeat(len(x), 1))[:, :4]
 
 torch.manual_seed(0)
-""",
+model = Mixture()
+config = igulora.IGUConfig(
+    r=4, total_steps=24, window=2, ig_every=1, ig_fraction=0.5,
+    target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"],
 )
-
-
-@pytest.mark.parametrize("options", [{"path_pass": "mixed"}, {"aggregate": "absolute"}, {"estimator": "instantaneous"}])
-def test_two_processes_agree(tmp_path: Path, options: dict[str, str]) -> None:
-    agree(LAYERS, tmp_path, options)
+igulora.adapt(model, config)
+ctl = igulora.Controller(model)
+replica = DistributedDataParallel(model)
+optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=3e-2))
+generator = torch.Generator().manual_seed(dist.get_rank())
+for _ in range(24):
+    x = torch.randn(6, 6, generator=generator)
+    ctl.backward(lambda x: (replica(x) - x[:, :4]).square().mean(), x)
+    optimizer.step(); ctl.step(); optimizer.zero_grad()
+bank = ctl.bank
+save_file({"weight": bank.weight, "live": bank.live, "mean": ctl.importance.mean}, f"{sys.argv[1]}/{dist.get_rank()}.safetensors")
+dist.destroy_process_group()
+"""
 
 
 def test_two_processes_with_experts_of_their_own_agree(tmp_path: Path) -> None:
-    """Threads 663 and 1745 of PEFT: what a process does not use must not hold the others up."""
+    """Without find_unused_parameters: what a process does not use must not hold the others up."""
     pytest.importorskip("transformers")
-    parameters = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-    agree(MIXTURE, tmp_path, parameters)
-
-
-def agree(script: str, tmp_path: Path, options: dict[str, Any]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (tmp_path / "train.py").write_text(script)
+    (tmp_path / "train.py").write_text(SCRIPT)
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(tmp_path / "train.py"), str(tmp_path), repr(options)],
+            [sys.executable, str(tmp_path / "train.py"), str(tmp_path)],
             env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         )
         for rank in range(2)
