@@ -11,15 +11,16 @@ for batch in loader:
 from typing import TYPE_CHECKING, Any
 
 from . import distributed
-from .adapt import adapt, merge, remove, unmerge
+from .adapt import adapt, merge, merge_errors, remove, unmerge
 from .bank import Bank, find_bank
-from .checkpoint import AdapterFile, load_adapter, read_adapter, save_adapter
+from .checkpoint import AdapterFile, load_adapter, load_checkpoint, read_adapter, save_adapter, save_checkpoint
 from .compact import compact
 from .config import IGUConfig
 from .controller import Controller, StepInfo
 from .convert import import_peft
+from .errors import MergeWarning
 from .export import export_peft
-from .layers import FusedSVDLinear, adapters_disabled
+from .layers import FusedSVDConv2d, FusedSVDEmbedding, FusedSVDLinear, adapters_disabled
 from .optim import param_groups
 
 if TYPE_CHECKING:
@@ -31,11 +32,14 @@ __all__ = [
     "AdapterFile",
     "Bank",
     "Controller",
+    "FusedSVDConv2d",
+    "FusedSVDEmbedding",
     "FusedSVDLinear",
     "IGUCallback",
     "IGUConfig",
     "IGUTrainer",
     "IGUTrainerMixin",
+    "MergeWarning",
     "StepInfo",
     "adapt",
     "adapters_disabled",
@@ -45,11 +49,14 @@ __all__ = [
     "find_bank",
     "import_peft",
     "load_adapter",
+    "load_checkpoint",
     "merge",
+    "merge_errors",
     "param_groups",
     "read_adapter",
     "remove",
     "save_adapter",
+    "save_checkpoint",
     "unmerge",
 ]
 

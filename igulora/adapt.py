@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -9,12 +11,12 @@ from .bank import Bank, find_bank
 from .bases import Base
 from .config import IGUConfig
 from .context import PathContext
-from .errors import nearest
+from .errors import MergeWarning, nearest
 from .experts import AdaptedExperts, ExpertLinear, ExpertSlice, bases_of, find_slices, wrap_experts
 from .layers import AdaptedLayer, wrap
 from .recompute import Recompute
 from .saved import SavedModule
-from .targets import find_saved, find_targets
+from .targets import find_saved, find_targets, tied_weights
 from .unwrap import reshard, unwrap
 
 
@@ -38,7 +40,8 @@ def _replace(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
 def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
     """Inject adapters into ``model`` in place and freeze everything else; returns the same model.
 
-    The layers that ``config.target_modules`` names become adapted ones (:class:`FusedSVDLinear`), the modules of ``modules_to_save`` get a
+    The layers that ``config.target_modules`` names become adapted ones (:class:`FusedSVDLinear`, :class:`FusedSVDEmbedding`,
+    :class:`FusedSVDConv2d`), the modules of ``modules_to_save`` get a
     trained copy. At the start the outputs equal the base model's. All checks come before the first change.
 
     Args:
@@ -47,7 +50,8 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
 
     Raises:
         TypeError: ``config`` is not an IGUConfig or ``model`` not a module.
-        ValueError: no target matched, the model is adapted already, targets lie on several devices, or a name matches nothing.
+        ValueError: no target matched, a match cannot be adapted (says why), the model is adapted already,
+            targets lie on several devices, or a name matches nothing.
     """
     check_plain(model)
     if not isinstance(config, IGUConfig):
@@ -84,6 +88,10 @@ def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[st
     """What :func:`adapt` does, for exactly the layers ``names`` with ``ranks`` and the modules ``saved``, all by full name."""
     modules = dict(model.named_modules())
     bases = bases_of(model)
+    for name in names:
+        obstacle = bases[name].obstacle()
+        if obstacle is not None:
+            raise ValueError(f"expected layers that can be adapted, got {name!r} ({bases[name].kind}): {obstacle}")
     devices = sorted({str(bases[n].device) for n in names})
     if len(devices) > 1:
         raise ValueError(
@@ -156,20 +164,69 @@ def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
 def merge(model: nn.Module) -> nn.Module:
     """Fold every update into its base weight, so that a forward costs what the base model's costs; returns the model.
 
+    Quantised weights are quantised anew, and the old ones kept until :func:`unmerge`. What is lost is told by a :class:`MergeWarning`
+    and, layer by layer, by :func:`merge_errors`.
+
     Raises:
-        ValueError: the model is not adapted, or is merged already.
+        ValueError: the model is not adapted or merged already, a weight cannot be written, or it is tied to another layer's. Nothing is
+            changed then.
     """
     layers = adapted_layers(model)
     if any(layer.merged for layer in layers):
         raise ValueError("expected an unmerged model, got a merged one; call igulora.unmerge(model) first")
+    names = dict(zip(find_bank(model).names, layers, strict=True))
+    tied = tied_weights(model)
+    for name, layer in names.items():
+        fixed = layer.base.fixed()
+        if fixed is not None:
+            raise ValueError(f"expected weights that can be written, got {name!r} ({layer.base.kind}): {fixed}")
+        if id(layer.weight) in tied:
+            raise ValueError(
+                f"expected weights of one layer each, got {name!r}, whose weight is that of another module too, which the update would "
+                "change; give that one a copy first (head.weight = nn.Parameter(head.weight.detach().clone())), or serve the adapter "
+                "unmerged"
+            )
     reshard(model)
     for layer in layers:
         layer.merge()
+    _warn_of_loss(names)
     return model
 
 
+def merge_errors(model: nn.Module) -> dict[str, float]:
+    """By layer, how far a merged weight is from base plus update, as a share of the update's norm.
+
+    1 is as far off as without the update: quantising dropped it. 0.0 for weights that are not quantised.
+
+    Raises:
+        ValueError: the model is not adapted, or not merged.
+    """
+    layers = adapted_layers(model)
+    if not all(layer.merged for layer in layers):
+        raise ValueError("expected a merged model, got an unmerged one; call igulora.merge(model) first")
+    return {name: layer.merge_error for name, layer in zip(find_bank(model).names, layers, strict=True)}
+
+
+@torch.no_grad()
+def _warn_of_loss(names: dict[str, AdaptedLayer]) -> None:
+    lossy = {name: layer for name, layer in names.items() if layer.merge_error > 0.0}
+    if not lossy:
+        return
+    worst, layer = max(lossy.items(), key=lambda item: item[1].merge_error)
+    size = float(layer.base.dense().float().norm())
+    share = float(layer.delta_weight().norm()) / size if size else 0.0
+    warnings.warn(
+        f"igulora.merge quantised {len(lossy)} weights anew, which keeps an update only as far as it is coarser than what the weight can "
+        f"hold: errors of up to {layer.merge_error:.0%} of the update ({worst}, {layer.base.kind}; the update is {share:.2%} of the "
+        "weight). igulora.merge_errors(model) has all. The adapter beside the unmerged model, or merged into the unquantised one, loses "
+        "nothing",
+        MergeWarning,
+        stacklevel=3,
+    )
+
+
 def unmerge(model: nn.Module) -> nn.Module:
-    """Take the updates out of the base weights again (exact up to rounding of the weights' dtype); returns the model.
+    """Take the updates out of the base weights again (exact in quantised weights, else up to rounding); returns the model.
 
     Raises:
         ValueError: the model is not adapted, or not merged.

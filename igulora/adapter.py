@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ class SVDAdapter(nn.Module):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    # Whether the update is a product with an input (..., in): of siblings that read one such input, S may come from one pass over it.
+    reads_features: ClassVar[bool] = False
 
     def __init__(
         self,

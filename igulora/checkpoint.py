@@ -38,7 +38,7 @@ from .distributed import Processes, average_gradients
 from .experts import bases_of
 from .files import check_digest, check_seal, file_digest, put_json, put_tensors, read_json, read_tensors, sealed
 from .folders import place, save_whole, settled
-from .layers import AdaptedLayer
+from .layers import AdaptedLayer, FusedSVDConv2d
 from .packing import pack, unpack
 from .training_state import (
     check_gradients,
@@ -133,6 +133,7 @@ def _adapter(model: nn.Module, controller: Controller | None) -> tuple[dict[str,
         "ranks": bank.ranks(),
         "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
         "kinds": kinds_of(model),
+        "filters": filters_of(model),
         "history": controller.history if controller is not None else [],
     }
     states = {name: module.module.state_dict() for name, module in saved.items()}
@@ -169,6 +170,13 @@ def kinds_of(model: nn.Module) -> dict[str, str]:
     bank = find_bank(model)
     pairs = zip(bank.names, bank.layers, strict=True)
     return {name: layer.base.kind for name, layer in pairs if isinstance(layer, AdaptedLayer)}
+
+
+def filters_of(model: nn.Module) -> dict[str, list[int]]:
+    """In channels, height and width of each adapted convolution's filters."""
+    bank = find_bank(model)
+    pairs = zip(bank.names, bank.layers, strict=True)
+    return {name: list(layer.weight.shape[1:]) for name, layer in pairs if isinstance(layer, FusedSVDConv2d)}
 
 
 def _check_finite(bank: Bank, others: dict[str, Tensor]) -> None:

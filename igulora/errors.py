@@ -1,9 +1,13 @@
-"""What a message needs beyond its own words: the nearest name to a misspelt one, what another error said."""
+"""What a message needs beyond its own words: the nearest name to a misspelt one, what another error said; the package's warnings."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+
+class MergeWarning(UserWarning):
+    """Merged weights are stored with less precision than the update asks for."""
 
 
 def nearest(name: object, options: Iterable[str]) -> str:

@@ -54,6 +54,11 @@ class ExpertSlice:
         """(out,), a view, or None."""
         return getattr(self.experts, f"{self.parameter}_bias")[self.index] if self.experts.has_bias else None
 
+    def requires_grad_(self, requires_grad: bool = True) -> ExpertSlice:
+        """Freeze or free the whole parameter, all experts of it."""
+        getattr(self.experts, self.parameter).requires_grad_(requires_grad)
+        return self
+
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
 
@@ -80,11 +85,7 @@ class ExpertLinear(AdaptedLayer, LinearAdapter):
     """The triplets of one expert's slice; ``options`` as for :class:`SVDAdapter`."""
 
     def __init__(self, part: ExpertSlice, r: int, **options: Any) -> None:
-        found = ExpertBase(part)
-        super().__init__(
-            found.in_features, found.out_features, r, device=found.device, dtype=found.master_dtype, **options
-        )
-        self.base_layer = part
+        super().__init__(ExpertBase(part), r, **options)
 
     @property
     def base(self) -> Base:

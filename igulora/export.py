@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .adapt import saved_modules
 from .adapter_file import read_adapter
 from .bank import find_bank
-from .bases import Conv1DBase, describe
-from .checkpoint import kinds_of
+from .bases import Conv1DBase, Conv2dBase, EmbeddingBase, describe
+from .checkpoint import filters_of, kinds_of
 from .experts import ExpertBase
 from .files import put_json, put_tensors
 from .folders import save_whole
@@ -79,7 +79,7 @@ def export_peft(
         targets = _peft_targets(sorted(live), (content.factors.keys() | content.shapes.keys()) - live.keys())
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in factors.items():
-        tensors |= _entries(name, A, B)
+        tensors |= _entries(name, A, B, content)
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count, default=0)
     if experts:  # parameters have the rank without a pattern: PEFT warns of patterns that name no module
@@ -105,12 +105,14 @@ class _Content:
 
     Attributes:
         factors: name -> A and B of every adapted module, of rank 0 where nothing lives. kinds: name -> kind of its base.
-        shapes: name -> (out, in) of the model's other layers that an adapter could sit on. names: all other modules of the model.
+        filters: name -> in channels, height and width of a convolution's filters.
+        shapes: name -> (out, in) of the model's other linear layers. names: all other modules of the model.
         saved: name -> state of a module to save.
     """
 
     factors: dict[str, tuple[Tensor, Tensor]]
     kinds: dict[str, str]
+    filters: dict[str, list[int]]
     saved: dict[str, dict[str, Tensor]]
     dropout: float
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -119,7 +121,7 @@ class _Content:
 
 def _from_model(model: nn.Module) -> _Content:
     bank = find_bank(model)
-    content = _Content({}, {}, {}, bank.layers[0].dropout if bank.layers else 0.0)
+    content = _Content({}, {}, filters_of(model), {}, bank.layers[0].dropout if bank.layers else 0.0)
     for name, layer in zip(bank.names, bank.layers, strict=True):
         P, E, Q, mask = (t.detach().float().cpu() for t in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask))
         content.factors[name] = lora_factors(P, E, Q, mask, layer.scale)
@@ -132,7 +134,7 @@ def _from_model(model: nn.Module) -> _Content:
             continue
         content.names.add(name)
         base = None if name in whole else describe(module)
-        if base is not None:
+        if base is not None and base.linear:
             content.shapes[name] = (base.out_features, base.in_features)
     for name, saved in whole.items():
         content.names |= {f"{name}.{n}" for n, _ in saved.original.named_modules() if n}
@@ -148,15 +150,21 @@ def _is_inside(name: str, outer: set[str]) -> bool:
 
 def _from_folder(directory: str | Path) -> _Content:
     file = read_adapter(directory)
-    content = _Content({}, dict(file.meta.get("kinds", {})), file.saved, file.config.dropout)
+    kinds, filters = file.meta.get("kinds", {}), file.meta.get("filters", {})
+    content = _Content({}, dict(kinds), dict(filters), file.saved, file.config.dropout)
     for name, parts in file.modules.items():
         P, E, Q, mask = (parts[k].float() for k in ("lora_P", "lora_E", "lora_Q", "mask"))
         content.factors[name] = lora_factors(P, E, Q, mask, float(file.meta["scale"][name]))
     return content
 
 
-def _entries(name: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """The tensors of one module under PEFT's names: those of linear layers, which is all that adapters sit on."""
+def _entries(name: str, A: Tensor, B: Tensor, content: _Content) -> dict[str, Tensor]:
+    """The tensors of one module under PEFT's names."""
+    kind = content.kinds.get(name)
+    if kind == EmbeddingBase.kind:
+        return {f"{PREFIX}{name}.lora_embedding_A": A, f"{PREFIX}{name}.lora_embedding_B": B}
+    if kind == Conv2dBase.kind:
+        A, B = A.unflatten(1, content.filters[name]), B[:, :, None, None]
     return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
 
 

@@ -1,17 +1,18 @@
-"""FusedSVDLinear, the adapted linear layer, and LinearAdapter, its triplets where the base layer is kept elsewhere."""
+"""Adapted layers: FusedSVDLinear, FusedSVDEmbedding, FusedSVDConv2d; and LinearAdapter, triplets whose base layer is kept elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout, pad
 
 from .adapter import SVDAdapter
-from .bases import Base, describe, is_plain_product
-from .kernels import svd_linear, svd_update
+from .bases import Base, Conv2dBase, EmbeddingBase, describe, is_plain_product
+from .kernels import svd_conv, svd_embed, svd_linear, svd_update
 from .shared import Taken
 from .unwrap import placed_as
 
@@ -19,15 +20,21 @@ from .unwrap import placed_as
 class LinearAdapter(SVDAdapter):
     """The triplets of a linear layer: of any module that maps (..., in) to (..., out) by a product with its weight."""
 
-    def call(self, base: nn.Module, x: Tensor, fused: bool) -> Tensor:
+    reads_features = True
+
+    def call(self, base: nn.Module, x: Tensor, fused: bool, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """``base(x)`` plus the update; in one operator call where ``fused``, that is where the base is a plain product (:class:`Base`).
 
         Inside a path pass alpha and the rows' destinations come from the shared context.
+
+        Args:
+            run: what to call for ``base(x)``; the base itself by default.
         """
+        run = base if run is None else run
         if self.merged or not self.context.enabled:
-            return base(x)
+            return run(x)
         if not fused:
-            return self.add_to(base(x), x)
+            return self.add_to(run(x), x)
         x, options = self._operands(x)
         alpha = self.context.alpha
         return svd_linear(x, base.weight, base.bias, *self.factors(), self.mask, alpha, **options)
@@ -52,9 +59,33 @@ class LinearAdapter(SVDAdapter):
 
 
 class AdaptedLayer(SVDAdapter):
-    """What adapted layers of all kinds share: the base layer, whose own tensors are used, frozen, never copied."""
+    """What adapted layers of all kinds share: the base layer, whose own tensors are used, frozen, never copied.
+
+    Args:
+        found: the base layer, described.
+        r: number of stored triplets, from 0 up.
+        options: ``lora_alpha``, ``dropout``, ``init``, ``init_lambda`` and ``generator`` of :class:`SVDAdapter`.
+
+    Attributes:
+        merge_error: how far a merged weight is from base plus update because it is quantised, as a share of the update's norm: 1 is as far
+            off as without the update. 0.0 for weights that are not quantised.
+
+    Raises:
+        ValueError: the layer cannot be adapted (says why), or an argument is out of range.
+    """
 
     base_layer: Any
+    merge_error: float = 0.0
+    _before: Any = None  # what was in the weight, while merged into a quantised one
+
+    def __init__(self, found: Base, r: int, **options: Any) -> None:
+        obstacle = found.obstacle()
+        if obstacle is not None:
+            raise ValueError(f"expected a layer that can be adapted, got {found.kind} of which {obstacle}")
+        super().__init__(
+            found.in_features, found.out_features, r, device=found.device, dtype=found.master_dtype, **options
+        )
+        self.base_layer = found.module.requires_grad_(False)
 
     @property
     def base(self) -> Base:
@@ -75,32 +106,49 @@ class AdaptedLayer(SVDAdapter):
 
     @torch.no_grad()
     def merge(self) -> float:
-        """Add the update to the base weight, rounded once to its dtype. Merging twice is an error.
+        """Add the update to the base weight, rounded once to its dtype, or quantised anew. Merging twice is an error.
+
+        A quantised weight is kept beside the merged one until :meth:`unmerge`.
 
         Returns:
-            The error of storing the sum beyond that rounding, as a share of its norm (:meth:`Base.assign`).
+            ``merge_error``.
+
+        Raises:
+            ValueError: the layer is merged already, or its weight cannot be written (says why).
         """
         if self.merged:
             raise ValueError("expected an unmerged layer, got a merged one; unmerge it first")
         base = self.base
-        dense = base.dense().to(self.lora_P.dtype)
-        error = base.assign(dense + placed_as(self.delta_weight(), dense))
+        fixed = base.fixed()
+        if fixed is not None:
+            raise ValueError(f"expected a weight that can be written, got {base.kind}: {fixed}")
+        self._before = base.snapshot()
+        update = self.delta_weight()
+        dense = base.dense().to(update.dtype)
+        missed, size = base.assign(dense + placed_as(update, dense)), float(update.norm())
+        self.merge_error = missed / size if size else missed
         self.merged = True
-        return error
+        return self.merge_error
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Subtract the update again; in 16-bit weights this returns the base up to rounding."""
+        """Undo :meth:`merge`: bit by bit in quantised weights, up to rounding in 16-bit ones, where the update is subtracted again."""
         if not self.merged:
             raise ValueError("expected a merged layer, got an unmerged one; nothing to undo")
         base = self.base
-        dense = base.dense().to(self.lora_P.dtype)
-        base.assign(dense - placed_as(self.delta_weight(), dense))
-        self.merged = False
+        if self._before is not None:
+            base.restore(self._before)
+        else:
+            dense = base.dense().to(self.lora_P.dtype)
+            base.assign(dense - placed_as(self.delta_weight(), dense))
+        self.merged, self.merge_error, self._before = False, 0.0, None
 
 
 class FusedSVDLinear(AdaptedLayer, LinearAdapter):
-    """``y = x W0^T + b + alpha s ((dropout(x) Q^T) * (m * lambda)) P`` in one operator call (IGU-LoRA Eq. 2; ALGORITHMS 1).
+    """``y = x W0^T + b + alpha s ((dropout(x) Q^T) * (m * lambda)) P`` (IGU-LoRA Eq. 2; ALGORITHMS 1).
+
+    One operator call over a plain ``nn.Linear``. Linear layers that compute their output themselves (transformers' ``Conv1D``, the
+    quantised ones of bitsandbytes, torchao and GGUF, subclasses with a forward of their own) do so, and the update is added in place.
 
     Parameters: ``lora_P (r, out)``, ``lora_E (r,)`` (lambda), ``lora_Q (r, in)``, float32; buffer ``mask (r,)`` of 0 and 1. The base
     weight and bias are the base layer's own tensors, frozen, never copied.
@@ -113,7 +161,7 @@ class FusedSVDLinear(AdaptedLayer, LinearAdapter):
 
     Raises:
         TypeError: base is neither a linear layer nor an int.
-        ValueError: an argument is out of range.
+        ValueError: the layer cannot be adapted (says why), or an argument is out of range.
     """
 
     def __init__(
@@ -133,23 +181,162 @@ class FusedSVDLinear(AdaptedLayer, LinearAdapter):
             base = nn.Linear(base, out_features, bias=bias, device=device, dtype=dtype)
             out_features = None
         found = describe(base) if isinstance(base, nn.Module) else None
-        if found is None:
+        if found is None or not found.linear:
             raise TypeError(f"expected an nn.Linear or a number of input features, got {type(base).__name__}")
         if out_features is not None:
             raise ValueError("expected either a base layer or in_features and out_features, got both")
-        super().__init__(
-            found.in_features, found.out_features, r, device=found.device, dtype=found.master_dtype, **options
-        )
-        self.base_layer = found.module.requires_grad_(False)
+        super().__init__(found, r, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return self.call(self.base_layer, x, fused=is_plain_product(self.base_layer))
+        if is_plain_product(self.base_layer):
+            return self.call(self.base_layer, x, fused=True)
+        return self.call(self.base_layer, x, fused=False, run=self.base.run)
+
+
+class _GivenS(AdaptedLayer):
+    """An adapted layer whose S is no product with an input (..., in): an operator of its own makes it."""
+
+    def _parts(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], dict[str, Any]]:
+        """P, lambda and Q; what the operator that makes S is told of the pass under way; and what the one that adds the update is."""
+        self.check_stepped()
+        P, E, Q = self.factors()
+        if self.context.train_groups == 0 and torch.is_grad_enabled():
+            Q = Q.detach().requires_grad_()  # a pure path pass: no parameter in the graph, yet a backward
+        update = self.rows()
+        rows = {key: update[key] for key in ("train_groups", "path_start", "path_weight")}
+        rows["path_Q"] = None if update["path"] is None else update["path"][2]
+        return (P, E, Q), rows, update
+
+
+class FusedSVDEmbedding(_GivenS):
+    """``y = W0[ids] + alpha s ((Q[:, ids]^T) * (m * lambda)) P``: an embedding as a product with rows of the identity (ALGORITHMS 1).
+
+    Parameters: ``lora_P (r, dimension)``, ``lora_E (r,)`` (lambda), ``lora_Q (r, number of ids)``, float32; buffer ``mask (r,)``. An
+    embedding with a ``padding_idx`` keeps that id's row: its column of Q starts at zero and gets no gradient. Rows that the layer
+    multiplies by a factor (``embed_scale``) have their update multiplied too. ``dropout`` does nothing: an id has no entries to drop.
+
+    Args:
+        base: the ``nn.Embedding`` to adapt.
+        r: number of stored triplets, from 0 up.
+        options: ``lora_alpha``, ``init``, ``init_lambda`` and ``generator`` of :class:`SVDAdapter`.
+
+    Raises:
+        TypeError: base is no ``nn.Embedding``.
+        ValueError: it is sparse, quantised, has a ``max_norm`` or ``scale_grad_by_freq`` or a forward of its own, or an argument is out
+            of range.
+    """
+
+    def __init__(self, base: nn.Embedding, r: int = 8, **options: Any) -> None:
+        found = describe(base) if isinstance(base, nn.Module) else None
+        if not isinstance(found, EmbeddingBase):
+            raise TypeError(f"expected an nn.Embedding, got {type(base).__name__}")
+        super().__init__(found, r, **options)
+        self.factor = found.factor
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.padding_idx = base.padding_idx
+        self._keep_padding()
+
+    def reset_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`SVDAdapter.reset_parameters`, the padding id's column at zero."""
+        super().reset_parameters(*args, **kwargs)
+        self._keep_padding()
+
+    @torch.no_grad()
+    def _keep_padding(self) -> None:
+        padding_idx = getattr(self, "padding_idx", None)  # not known yet at the first start
+        if padding_idx is not None:
+            self.lora_Q[:, padding_idx] = 0
+
+    @property
+    def bias(self) -> None:
+        """None: an embedding has none."""
+        return None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., dimension)."""
+        y = self.base_layer(ids)
+        if self.merged or not self.context.enabled:
+            return y
+        (P, E, Q), rows, update = self._parts()
+        update["scale"] *= self.factor
+        S = svd_embed(ids, Q, self.context.alpha, dtype=y.dtype, padding_idx=self.padding_idx, **rows)
+        return svd_update(y, None, P, E, Q, self.mask, self.context.alpha, S=S, **update)
+
+
+class FusedSVDConv2d(_GivenS):
+    """``y = conv2d(x, W0) + b + alpha s (conv2d(dropout(x), Q) * (m * lambda)) P``: r filters, then a 1x1 convolution (ALGORITHMS 1).
+
+    Parameters: ``lora_P (r, out channels)``, ``lora_E (r,)`` (lambda), ``lora_Q (r, in channels * kernel height * kernel width)``,
+    float32; buffer ``mask (r,)``. Stride, padding (of any mode) and dilation are the base's; the output keeps its memory format.
+
+    Args:
+        base: the ``nn.Conv2d`` to adapt.
+        r: number of stored triplets, from 0 up.
+        options: ``lora_alpha``, ``dropout``, ``init``, ``init_lambda`` and ``generator`` of :class:`SVDAdapter`.
+
+    Raises:
+        TypeError: base is no ``nn.Conv2d``.
+        ValueError: it has groups or a forward of its own, or an argument is out of range.
+    """
+
+    def __init__(self, base: nn.Conv2d, r: int = 8, **options: Any) -> None:
+        found = describe(base) if isinstance(base, nn.Module) else None
+        if not isinstance(found, Conv2dBase):
+            raise TypeError(f"expected an nn.Conv2d, got {type(base).__name__}")
+        super().__init__(found, r, **options)
+        self.in_channels, self.out_channels, self.groups = base.in_channels, base.out_channels, base.groups
+        self.kernel_size, self.stride, self.padding = base.kernel_size, base.stride, base.padding
+        self.dilation, self.padding_mode = base.dilation, base.padding_mode
+        self._zeros, self._border = _padding(base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(images, in channels, height, width) -> (images, out channels, height, width), or both without images."""
+        y = self.base_layer(x)
+        if self.merged or not self.context.enabled:
+            return y
+        (P, E, Q), rows, update = self._parts()
+        alpha = self.context.alpha
+        dropped = dropout(x.to(y.dtype), self.dropout, self.training)
+        if self._border:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            dropped = pad(dropped, self._border, mode=mode)
+        batched = dropped if dropped.ndim == 4 else dropped.unsqueeze(0)
+        S = svd_conv(
+            batched,
+            Q,
+            alpha,
+            kernel=self.kernel_size,
+            stride=self.stride,
+            padding=self._zeros,
+            dilation=self.dilation,
+            **rows,
+        )
+        # In a tensor of its own: y lies with its channels first, and its strides are the model's to choose.
+        term = y.new_zeros((*S.shape[:-1], self.out_channels))
+        term = svd_update(term, None, P, E, Q, self.mask, alpha, S=S.flatten(0, -2), **update)
+        return y + term.permute(0, 3, 1, 2).reshape(y.shape)
+
+
+def _padding(base: nn.Conv2d) -> tuple[tuple[int, int], list[int]]:
+    """(zeros on both sides of height and width, what to pad beforehand: left, right, top, bottom) of a convolution."""
+    if base.padding == "valid":
+        return (0, 0), []
+    if isinstance(base.padding, str):  # "same": one more on the far side where the kernel reaches over an odd number
+        spans = [d * (k - 1) for d, k in zip(base.dilation, base.kernel_size, strict=True)]
+    else:
+        spans = [2 * p for p in base.padding]
+    if base.padding_mode == "zeros" and not any(span % 2 for span in spans):
+        return (spans[0] // 2, spans[1] // 2), []
+    return (0, 0), [side for span in reversed(spans) for side in (span // 2, span - span // 2)]
+
+
+_LAYERS: dict[type[Base], Callable[..., AdaptedLayer]] = {EmbeddingBase: FusedSVDEmbedding, Conv2dBase: FusedSVDConv2d}
 
 
 def wrap(module: nn.Module, r: int, **options: Any) -> AdaptedLayer:
     """The adapted layer around ``module``, by its kind; ``options`` as for :class:`FusedSVDLinear`."""
-    return FusedSVDLinear(module, r=r, **options)
+    return _LAYERS.get(type(describe(module)), FusedSVDLinear)(module, r=r, **options)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import re
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .bases import describe
+from .bases import EmbeddingBase, describe
 from .config import IGUConfig
 from .errors import nearest
 from .layers import AdaptedLayer
@@ -18,7 +18,7 @@ def _ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)
 
 
-def _tied_weights(model: nn.Module) -> set[int]:
+def tied_weights(model: nn.Module) -> set[int]:
     """Ids of parameters that occur under several names (an output head tied to the embedding)."""
     seen: dict[int, tuple[int, str]] = {}
     tied: set[int] = set()
@@ -67,7 +67,8 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
     """Full names of the layers to adapt, in model order.
 
     "all-linear" takes every linear layer (``nn.Linear``, quantised or not, and transformers' ``Conv1D``) but the output head, layers with
-    tied weights and modules to save. A string is a regular expression that must match a whole name; a list holds name endings.
+    tied weights and modules to save. A string is a regular expression that must match a whole name; a list holds name endings: these two
+    can also name embeddings (tied to the head or not) and convolutions.
 
     Raises:
         ValueError: nothing matched (lists the linear layers there are), a name of the list matched nothing, no adapter exists for a match,
@@ -84,7 +85,7 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
     modules = {name: module for name, module in model.named_modules() if name}
     inside_saved = [n for n in modules if any(n == s or n.startswith(s + ".") for s in saved)]
     excluded = {n for n in modules for e in config.exclude_modules if _ends_with(n, e)} | set(inside_saved)
-    tied, head = _tied_weights(model), _output_head(model)
+    tied, head = tied_weights(model), _output_head(model)
     bases = {n: describe(m) for n, m in modules.items()}
     linears = [n for n, base in bases.items() if base is not None and base.linear]
     if wanted == "all-linear":
@@ -105,33 +106,36 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
     else:
         found = [n for n in modules if n not in excluded and any(_ends_with(n, w) for w in wanted)]
         endings = {n.split(".")[-1] for n in linears}
+        others = {n.split(".")[-1] for n, base in bases.items() if base is not None} - endings
         for w in wanted:
             if not any(_ends_with(n, w) for n in modules):
                 raise ValueError(
-                    f"expected target_modules to name layers of the model, got {w!r}, which matches none.{nearest(w, endings)} "
+                    f"expected target_modules to name layers of the model, got {w!r}, which matches none.{nearest(w, endings | others)} "
                     f"Linear layers end in: {', '.join(sorted(endings)) or 'none'}"
+                    + (f"; embeddings and convolutions in: {', '.join(sorted(others))}" if others else "")
                 )
     if not found and not (config.target_parameters and not wanted):
         shown = ", ".join(linears[:8]) + (", ..." if len(linears) > 8 else "")
         raise ValueError(
-            f"expected target_modules={wanted!r} to match at least one linear layer, got none. "
+            f"expected target_modules={wanted!r} to match at least one linear layer, embedding or convolution, got none. "
             f"The model's linear layers: {shown or 'none'}"
         )
     for name in found:
         module = modules[name]
         if isinstance(module, (AdaptedLayer, SavedModule)):
             raise ValueError(f"expected a plain model, got {name!r} adapted already; call igulora.remove(model) first")
-        if bases[name] is None:
+        base = bases[name]
+        if base is None:
             raise ValueError(
-                f"expected target_modules to match linear layers only, got {name!r} ({type(module).__name__}); "
-                "name linear layers or exclude it with exclude_modules"
+                "expected target_modules to match linear layers, embeddings and convolutions only, got "
+                f"{name!r} ({type(module).__name__}); name such layers or exclude it with exclude_modules"
             )
         if _bypassed(module):
             raise ValueError(
                 f"expected layers that their parent calls, got {name!r}: nn.MultiheadAttention reads its weight directly, so that an "
                 "adapter there would do nothing; leave it out of target_modules"
             )
-        if id(module.weight) in tied:
+        if id(module.weight) in tied and not isinstance(base, EmbeddingBase):
             raise ValueError(
                 f"expected layers with weights of their own, got {name!r}, whose weight is tied to another module; "
                 "leave it out of target_modules"

@@ -11,6 +11,8 @@ if __name__ != "kernels":
     from .importance import importance_update
     from .orthogonality import orthogonality_grad_
     from .philox import dropout_keep_mask
+    from .svd_conv import svd_conv
+    from .svd_embed import svd_embed
     from .svd_linear import svd_linear
     from .svd_project import svd_project
     from .svd_update import svd_update
@@ -20,6 +22,8 @@ if __name__ != "kernels":
         "dropout_keep_mask",
         "importance_update",
         "orthogonality_grad_",
+        "svd_conv",
+        "svd_embed",
         "svd_linear",
         "svd_project",
         "svd_update",

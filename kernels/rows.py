@@ -102,6 +102,18 @@ def rank_factors(
     return times_per_group(S, flat_alpha(alpha)), (P * (scale * mask * E).unsqueeze(1)).to(x2.dtype), saved
 
 
+def training_rows(G: Tensor, alpha: Tensor | None, ranges: Ranges, train_groups: int) -> tuple[slice, Tensor]:
+    """Which rows train, and their rows of the gradient G with the factor alpha of the chain rule."""
+    rows = slice(0, ranges.train)
+    return rows, times_per_group(G[rows], None if alpha is None else alpha.reshape(-1)[:train_groups])
+
+
+def path_rows(G: Tensor, path_weight: Tensor, ranges: Ranges, path_start: int) -> tuple[slice, Tensor]:
+    """Which rows are samples of the path, and their rows of the gradient G times the groups' weights."""
+    rows = slice(ranges.path, None)
+    return rows, times_per_group(G[rows], path_weight.reshape(-1)[path_start:])
+
+
 def q_gradient(
     G: Tensor,
     dropped: Tensor,
@@ -119,13 +131,12 @@ def q_gradient(
     """
     ranges = Ranges.of(G.shape[0], group_count(alpha, path_weight), train_groups, path_start)
     if path_Q is not None and path_weight is not None and ranges.has_path:
-        rows = slice(ranges.path, None)
-        path_Q += times_per_group(G[rows], path_weight.reshape(-1)[path_start:]).t() @ dropped[rows]
+        rows, weighed = path_rows(G, path_weight, ranges, path_start)
+        path_Q += weighed.t() @ dropped[rows]
     if not wanted:
         return None
-    rows = slice(0, ranges.train)
-    alpha = None if alpha is None else alpha.reshape(-1)[:train_groups]
-    return times_per_group(G[rows], alpha).t() @ dropped[rows]  # (r, M) @ (M, K)
+    rows, weighed = training_rows(G, alpha, ranges, train_groups)
+    return weighed.t() @ dropped[rows]  # (r, M) @ (M, K)
 
 
 def empty_results(like: Tensor, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _autograd
 
 from .backend import as_given, past_dispatcher, runs_fused
 from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
@@ -160,13 +161,17 @@ class _InPlace(torch.autograd.Function):
 
 
 def _may_be_written(y: Tensor, x: Tensor) -> bool:
-    """Not x itself, and no view that was made without gradients: autograd refuses to change those."""
-    return y.is_contiguous() and y is not x and not (y._is_view() and y.grad_fn is None)
+    """Not x itself, and no view that was made without gradients or inside a function of Python's: autograd refuses to change those."""
+    if not y.is_contiguous() or y is x:
+        return False
+    if not y._is_view():
+        return True
+    return y.grad_fn is not None and _autograd._get_creation_meta(y) == _autograd.CreationMeta.DEFAULT
 
 
 def svd_update(
     y: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     P: Tensor,
     E: Tensor,
     Q: Tensor,
@@ -187,17 +192,23 @@ def svd_update(
 
     Args:
         y: (..., out), the base's output: not a leaf that requires gradients, and not needed by the base's own backward.
-        x: (..., in); converted to y's dtype. Others: as in ``svd_linear``.
+        x: (..., in); converted to y's dtype. None where S is given and is no product of x with Q (``svd_embed``, ``svd_conv``): no
+            gradient goes to x then. Others: as in ``svd_linear``.
 
     Returns:
         y plus the update: y itself in eager calls on contiguous storage, else a new tensor.
 
     Raises:
-        TypeError, ValueError: as ``svd_linear`` does.
+        TypeError, ValueError: as ``svd_linear`` does; there is neither x nor S.
     """
-    given = x
-    x = x.to(y.dtype)
-    check_input(x, Q.shape[-1], group_count(alpha, path_weight))
+    if x is None:
+        if S is None:
+            raise ValueError("expected x or S, got neither")
+        given = x = S.detach().view(*y.shape[:-1], S.shape[-1])  # for the count of its rows
+        check_input(x, S.shape[-1], group_count(alpha, path_weight))
+    else:
+        given, x = x, x.to(y.dtype)
+        check_input(x, Q.shape[-1], group_count(alpha, path_weight))
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"expected y and x of one leading shape, got {tuple(y.shape)} and {tuple(x.shape)}")
     check_masters(y.shape[-1], Q.shape[-1], P, E, Q, mask)

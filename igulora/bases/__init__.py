@@ -5,10 +5,23 @@ from __future__ import annotations
 from torch import nn
 
 from .base import Base
+from .bitsandbytes import Linear4bitBase, Linear8bitBase
+from .gguf import GgufBase
 from .linear import Conv1DBase, LinearBase, is_plain_product
+from .lookup import Conv2dBase, EmbeddingBase
+from .torchao import TorchAOBase
 
-# The first that knows a module describes it.
-_KINDS: tuple[type[Base], ...] = (Conv1DBase, LinearBase)
+# The first that knows a module describes it: kinds of weights before the layers they are in.
+_KINDS: tuple[type[Base], ...] = (
+    Linear4bitBase,
+    Linear8bitBase,
+    TorchAOBase,
+    LinearBase,
+    Conv1DBase,
+    GgufBase,
+    EmbeddingBase,
+    Conv2dBase,
+)
 
 
 def describe(module: nn.Module) -> Base | None:
@@ -19,4 +32,4 @@ def describe(module: nn.Module) -> Base | None:
     return None
 
 
-__all__ = ["Base", "Conv1DBase", "describe", "is_plain_product"]
+__all__ = ["Base", "Conv1DBase", "Conv2dBase", "EmbeddingBase", "describe", "is_plain_product"]

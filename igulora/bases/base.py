@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+PLAIN_TENSORS = (nn.Parameter, Tensor)
+
 
 class Base:
     """A layer that can be adapted, seen as a matrix W (out, in).
@@ -16,11 +18,12 @@ class Base:
 
     Attributes:
         kind: the name that messages use.
+        linear: whether it is one of those that "all-linear" names.
         in_features, out_features: columns and rows of W.
     """
 
     kind: ClassVar[str]
-    linear: ClassVar[bool] = True  # one of those that "all-linear" names
+    linear: ClassVar[bool] = True
     in_features: int
     out_features: int
 
@@ -42,14 +45,48 @@ class Base:
         """Of the adapter's masters: float64 over float64 weights, else float32."""
         return torch.float64 if self.module.weight.dtype == torch.float64 else torch.float32
 
+    def obstacle(self) -> str | None:
+        """Why this layer, though of a kind that can be adapted, cannot be (as the end of a sentence, with what to do), or None."""
+        return None
+
+    def fixed(self) -> str | None:
+        """Why nothing can be merged into this layer's weight (as the end of a sentence, with what to do), or None."""
+        return None
+
+    def run(self, x: Tensor) -> Tensor:
+        """The layer's own forward, with a gradient for x."""
+        return self.module(x)
+
     def dense(self) -> Tensor:
         """W as (out, in) numbers; the layer's own storage where that is what it stores."""
         raise NotImplementedError
 
     def assign(self, dense: Tensor) -> float:
-        """Store W; returns how far the stored numbers are from ``dense`` beyond rounding to the weight's dtype, as a share of its norm.
+        """Store W; returns how far the stored numbers are from ``dense`` (Frobenius) beyond rounding to the weight's dtype.
 
-        Raises:
-            ValueError: weights of this kind cannot be written; says why and what to do.
+        Only where :meth:`fixed` is None.
         """
         raise NotImplementedError
+
+    def snapshot(self) -> Any:
+        """What :meth:`restore` needs to undo an :meth:`assign` bit by bit; None where the caller subtracts again what it added."""
+        return None
+
+    def restore(self, before: Any) -> None:
+        """Undo what happened since ``before`` was taken by :meth:`snapshot`."""
+        raise NotImplementedError
+
+
+def is_kind(module: nn.Module, package: str, name: str) -> bool:
+    """Whether ``module`` is an instance of ``package``'s class ``name`` or of a subclass; nothing is imported to find out."""
+    return any(cls.__name__ == name and cls.__module__.split(".")[0] == package for cls in type(module).__mro__)
+
+
+def runs_as(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether the layer's forward is that of PyTorch's own ``cls``."""
+    return type(module).forward is cls.forward and "forward" not in vars(module)
+
+
+def distance(stored: Tensor, wanted: Tensor) -> float:
+    """``|stored - wanted|`` (Frobenius)."""
+    return float((stored.to(torch.float32) - wanted.to(torch.float32)).norm())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from .base import Base
+from .base import PLAIN_TENSORS, Base, is_kind, runs_as
 
-_PLAIN = (nn.Parameter, Tensor)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_plain_product(module: nn.Module) -> bool:
@@ -15,7 +16,7 @@ def is_plain_product(module: nn.Module) -> bool:
     Elsewhere (a subclass or an instance with a forward of its own, a weight that is a tensor of its own kind) the layer's own forward runs,
     and the update is added to what it returns.
     """
-    return type(module).forward is nn.Linear.forward and "forward" not in vars(module) and type(module.weight) in _PLAIN
+    return runs_as(module, nn.Linear) and type(module.weight) in PLAIN_TENSORS
 
 
 class LinearBase(Base):
@@ -30,6 +31,12 @@ class LinearBase(Base):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
+
+    def obstacle(self) -> str | None:
+        dtype = self.module.weight.dtype
+        if dtype in _FLOATS:
+            return None
+        return f"its weight is stored as {dtype}, in a form that igulora cannot unpack; quantise with bitsandbytes or torchao instead"
 
     def dense(self) -> Tensor:
         return self.module.weight
@@ -50,8 +57,7 @@ class Conv1DBase(Base):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        cls_of = type(module)
-        return cls_of.__name__ == "Conv1D" and cls_of.__module__.startswith("transformers.")
+        return is_kind(module, "transformers", "Conv1D")
 
     def dense(self) -> Tensor:
         return self.module.weight.t()

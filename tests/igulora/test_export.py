@@ -377,3 +377,30 @@ def test_transposed_weights_of_gpt2(tmp_path, source, uniform) -> None:
         torch.testing.assert_close(load_in_peft(gpt2(), folder)(IDS).logits, ours, rtol=0, atol=1e-5)
         if uniform:
             torch.testing.assert_close(serve(gpt2(), folder)(IDS).logits, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["model", "folder"])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_embeddings_and_convolutions(tmp_path, source, uniform) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(20, 12)
+            self.body = nn.Conv2d(3, 5, (3, 2), padding=1)
+            self.fc = nn.Linear(5, 4)
+
+        def forward(self, ids):
+            x = self.body(self.embed(ids).view(len(ids), 3, 4, -1))
+            return self.fc(x.flatten(2).mean(2))
+
+    model = igulora.adapt(Net().eval(), options(target_modules=["embed", "body", "fc"]))
+    for layer, live in zip(find_bank(model).layers, (2, 3, 1), strict=True):
+        nn.init.normal_(layer.lora_E)
+        layer.mask[live:] = 0.0
+    held = model if source == "model" else igulora.save_adapter(model, tmp_path / "saved")
+    folder = igulora.export_peft(held, tmp_path / "out", uniform_rank=uniform)
+    ids = torch.randint(20, (6, 4))
+    with torch.no_grad():
+        assert float((model(ids) - Net().eval()(ids)).abs().max()) > 1e-2
+        torch.testing.assert_close(load_in_peft(Net().eval(), folder)(ids), model(ids), rtol=0, atol=1e-5)
