@@ -17,6 +17,7 @@ from .checkpoint import AdapterFile, load_adapter, load_checkpoint, read_adapter
 from .compact import compact
 from .config import IGUConfig
 from .controller import Controller, StepInfo
+from .convert import import_peft
 from .errors import MergeWarning
 from .export import export_peft
 from .layers import FusedSVDConv2d, FusedSVDEmbedding, FusedSVDLinear, adapters_disabled
@@ -46,6 +47,7 @@ __all__ = [
     "distributed",
     "export_peft",
     "find_bank",
+    "import_peft",
     "load_adapter",
     "load_checkpoint",
     "merge",

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from .bank import Bank, find_bank
-from .bases import Base, describe
+from .bases import Base
 from .config import IGUConfig
 from .context import PathContext
 from .errors import MergeWarning, nearest
+from .experts import AdaptedExperts, ExpertLinear, ExpertSlice, bases_of, find_slices, wrap_experts
 from .layers import AdaptedLayer, wrap
 from .recompute import Recompute
 from .saved import SavedModule
@@ -19,10 +20,12 @@ from .targets import find_saved, find_targets, tied_weights
 from .unwrap import reshard, unwrap
 
 
-def _rank_of(name: str, config: IGUConfig) -> int:
-    for ending, rank in config.rank_pattern.items():
-        if name == ending or name.endswith("." + ending):
-            return rank
+def rank_of(name: str, config: IGUConfig, parameter: str | None = None) -> int:
+    """Triplets that ``config`` stores for the layer of that full name, or for that slice of ``parameter``."""
+    for known in (name, parameter):
+        for ending, rank in config.rank_pattern.items():
+            if known is not None and (known == ending or known.endswith("." + ending)):
+                return rank
     return config.initial_rank
 
 
@@ -54,13 +57,16 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
     if not isinstance(config, IGUConfig):
         raise TypeError(f"expected an IGUConfig, got {type(config).__name__}; build one with igulora.IGUConfig(...)")
     saved = find_saved(model, config)
-    names = find_targets(model, config, saved)
+    layers = dict.fromkeys(find_targets(model, config, saved))
+    slices = find_slices(model, config, saved)
+    known = [*layers, *dict.fromkeys(slices.values()), *slices]
     for ending in config.rank_pattern:
-        if not any(name == ending or name.endswith("." + ending) for name in names):
+        if not any(name == ending or name.endswith("." + ending) for name in known):
             raise ValueError(
-                f"expected rank_pattern to name adapted layers, got {ending!r}, which matches none.{nearest(ending, names)}"
+                f"expected rank_pattern to name adapted layers, got {ending!r}, which matches none.{nearest(ending, known)}"
             )
-    return inject(model, config, names, saved, [_rank_of(name, config) for name in names])
+    names = [name for name in bases_of(model) if name in layers or name in slices]
+    return inject(model, config, names, saved, [rank_of(name, config, slices.get(name)) for name in names])
 
 
 def check_plain(model: nn.Module) -> None:
@@ -81,12 +87,12 @@ def check_plain(model: nn.Module) -> None:
 def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[str], ranks: list[int]) -> nn.Module:
     """What :func:`adapt` does, for exactly the layers ``names`` with ``ranks`` and the modules ``saved``, all by full name."""
     modules = dict(model.named_modules())
+    bases = bases_of(model)
     for name in names:
-        base = _base_of(modules[name])
-        obstacle = base.obstacle()
+        obstacle = bases[name].obstacle()
         if obstacle is not None:
-            raise ValueError(f"expected layers that can be adapted, got {name!r} ({base.kind}): {obstacle}")
-    devices = sorted({str(_base_of(modules[n]).device) for n in names})
+            raise ValueError(f"expected layers that can be adapted, got {name!r} ({bases[name].kind}): {obstacle}")
+    devices = sorted({str(bases[n].device) for n in names})
     if len(devices) > 1:
         raise ValueError(
             f"expected all target layers on one device, got {', '.join(devices)}; move the model to one first"
@@ -94,8 +100,9 @@ def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[st
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         context = PathContext(needs_controller=config.adaptive)
-        layers = _build_layers(modules, config, names, ranks)
-        swaps: dict[int, nn.Module] = {id(modules[n]): layer for n, layer in zip(names, layers, strict=True)}
+        layers = _build_layers(bases, config, names, ranks)
+        swaps = wrap_experts(layers)
+        swaps |= {id(modules[n]): layer for n, layer in zip(names, layers, strict=True) if n in modules}
         for name in saved:
             swaps[id(modules[name])] = SavedModule(modules[name], context).train(modules[name].training)
         bank = Bank(names, list(layers), context)
@@ -111,20 +118,13 @@ def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[st
     return model
 
 
-def _base_of(module: nn.Module) -> Base:
-    found = describe(module)
-    assert found is not None
-    return found
-
-
-def _build_layers(
-    modules: dict[str, nn.Module], config: IGUConfig, names: list[str], ranks: list[int]
-) -> list[AdaptedLayer]:
+def _build_layers(bases: dict[str, Base], config: IGUConfig, names: list[str], ranks: list[int]) -> list[AdaptedLayer]:
     generator = torch.Generator().manual_seed(config.seed)
     layers = []
     for name, rank in zip(names, ranks, strict=True):
-        layer = wrap(
-            modules[name],
+        module = bases[name].module
+        layer = (ExpertLinear if isinstance(module, ExpertSlice) else wrap)(
+            module,
             rank,
             dropout=config.dropout,
             init=config.init or "orthonormal",
@@ -133,7 +133,7 @@ def _build_layers(
         )
         layer.scale = config.scale
         layer.recompute = Recompute() if config.recompute_inputs else None
-        layer.train(modules[name].training)
+        layer.train(module.training)
         layers.append(layer)
     return layers
 
@@ -252,7 +252,10 @@ def remove(model: nn.Module) -> nn.Module:
     model = unwrap(model)
     layers = adapted_layers(model)
     merged = bool(layers) and all(layer.merged for layer in layers)
-    swaps: dict[int, nn.Module] = {id(layer): layer.base_layer for layer in layers}
+    swaps: dict[int, nn.Module] = {
+        id(layer): layer.base_layer for layer in layers if not isinstance(layer, ExpertLinear)
+    }
+    swaps |= {id(m): m.base_layer for m in model.modules() if isinstance(m, AdaptedExperts)}
     for saved in saved_modules(model).values():
         swaps[id(saved)] = saved.module.requires_grad_(False) if merged else saved.original
     _replace(model, swaps)

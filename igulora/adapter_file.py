@@ -237,6 +237,9 @@ def _check_fields(meta: dict[str, Any], path: Path) -> None:
         raise ValueError(
             f"expected names of modules under 'saved' in {path}, got {meta['saved']!r:.200}; the file is damaged"
         )
+    for key in ("kinds", "filters"):
+        if not isinstance(meta.get(key, {}), dict):
+            raise ValueError(f"expected {key!r} by name in {path}, got {meta[key]!r:.200}; the file is damaged")
     if not isinstance(meta.get("controller"), (dict, type(None))):
         raise ValueError(
             f"expected the controller's numbers in {path}, got {meta['controller']!r:.100}; the file is damaged"

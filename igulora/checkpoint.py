@@ -31,13 +31,14 @@ from .adapter_file import (
     read_modules,
 )
 from .bank import Bank, find_bank
-from .bases import describe
 from .config import IGUConfig
 from .controller import Controller
 from .controller_state import check_controller_state
 from .distributed import Processes, average_gradients
+from .experts import bases_of
 from .files import check_digest, check_seal, file_digest, put_json, put_tensors, read_json, read_tensors, sealed
 from .folders import place, save_whole, settled
+from .layers import AdaptedLayer, FusedSVDConv2d
 from .packing import pack, unpack
 from .training_state import (
     check_gradients,
@@ -54,7 +55,8 @@ OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "checkpoint.json"
 _FILES = (ADAPTER_FILE, CONTROLLER_FILE, CONFIG_FILE, OPTIMIZER_FILE, TRAINER_FILE)
 # Options that a resumed run may change: what they decided is in the tensors, or they change no bit.
 _FREE_OPTIONS = {
-    "recompute_inputs", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "init", "init_lambda", "seed",
+    "recompute_inputs", "target_modules", "target_parameters", "exclude_modules", "modules_to_save", "rank_pattern", "init", "init_lambda",
+    "seed",
 }  # fmt: skip
 
 __all__ = [
@@ -120,28 +122,61 @@ def _adapter(model: nn.Module, controller: Controller | None) -> tuple[dict[str,
             "expected an unmerged model, got a merged one; call igulora.unmerge(model) before saving its adapter"
         )
     config: IGUConfig = model.igulora_config  # type: ignore[assignment]
-    tensors: dict[str, Tensor] = {}
+    modules = {}
     for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
         live = bank.live[bank.starts[i] : bank.starts[i + 1]]
-        for part, value in zip(PARTS, (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask, live), strict=True):
-            tensors[f"{name}.{part}"] = value
+        values = (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask, live)
+        modules[name] = dict(zip(PARTS, values, strict=True))
     saved = saved_modules(model)
-    for name, module in saved.items():
-        tensors |= {f"{name}.saved.{key}": value for key, value in module.module.state_dict().items()}
     _check_finite(bank, {f"{n}.{key}": p for n, m in saved.items() for key, p in m.module.named_parameters()})
+    meta = {
+        "ranks": bank.ranks(),
+        "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
+        "kinds": kinds_of(model),
+        "filters": filters_of(model),
+        "history": controller.history if controller is not None else [],
+    }
+    states = {name: module.module.state_dict() for name, module in saved.items()}
+    return _described(AdapterFile(config, modules, states, meta, {}))
+
+
+def _described(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the description of a folder that holds ``file``."""
+    tensors = {f"{name}.{part}": value for name, parts in file.modules.items() for part, value in parts.items()}
+    for name, state in file.saved.items():
+        tensors |= {f"{name}.saved.{key}": value for key, value in state.items()}
     meta = {
         "format": FORMAT,
         "stamp": secrets.token_hex(8),
         "library": "igulora",
-        "config": config.to_dict(),
-        "modules": {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)},
-        "ranks": bank.ranks(),
-        "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
-        "saved": sorted(saved),
-        "history": controller.history if controller is not None else [],
+        "config": file.config.to_dict(),
+        "modules": {name: parts["lora_E"].shape[0] for name, parts in file.modules.items()},
+        **file.meta,
+        "saved": sorted(file.saved),
         "controller": None,
     }
     return tensors, meta
+
+
+def write_adapter(file: AdapterFile, directory: Path) -> Path:
+    """Write an adapter folder without a model; returns the folder."""
+    with save_whole(directory, _obsolete(directory)) as folder:
+        _write_adapter(folder, *_described(file), None)
+    return directory
+
+
+def kinds_of(model: nn.Module) -> dict[str, str]:
+    """The kind of base (:attr:`Base.kind`) under each adapted layer."""
+    bank = find_bank(model)
+    pairs = zip(bank.names, bank.layers, strict=True)
+    return {name: layer.base.kind for name, layer in pairs if isinstance(layer, AdaptedLayer)}
+
+
+def filters_of(model: nn.Module) -> dict[str, list[int]]:
+    """In channels, height and width of each adapted convolution's filters."""
+    bank = find_bank(model)
+    pairs = zip(bank.names, bank.layers, strict=True)
+    return {name: list(layer.weight.shape[1:]) for name, layer in pairs if isinstance(layer, FusedSVDConv2d)}
 
 
 def _check_finite(bank: Bank, others: dict[str, Tensor]) -> None:
@@ -273,14 +308,28 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
 
     def read() -> AdapterFile:
         description = describe_folder(directory)
-        bases = {name: describe(module) for name, module in model.named_modules()}
-        shapes = {name: (base.out_features, base.in_features) for name, base in bases.items() if base is not None}
-        _check_fits(description, shapes)
-        _check_saved(description, dict(model.named_modules()))
+        _check_model(description, model)
         modules, saved = read_modules(description)
         return AdapterFile(description.config, modules, saved, description.meta, {})
 
-    file = settled(directory, (CONFIG_FILE, ADAPTER_FILE), read)
+    return install(model, settled(directory, (CONFIG_FILE, ADAPTER_FILE), read))
+
+
+def _check_model(description: Description, model: nn.Module) -> None:
+    shapes = {name: (base.out_features, base.in_features) for name, base in bases_of(model).items()}
+    _check_fits(description, shapes)
+    _check_saved(description, dict(model.named_modules()))
+
+
+def check_fits(model: nn.Module, file: AdapterFile, directory: Path) -> None:
+    """Raise ValueError unless what was read from ``directory`` fits a base model: layers and modules to save, names and shapes."""
+    shapes = {name: (parts["lora_P"].shape[1], parts["lora_Q"].shape[1]) for name, parts in file.modules.items()}
+    saved = {name: {k: (v.dtype, tuple(v.shape)) for k, v in state.items()} for name, state in file.saved.items()}
+    _check_model(Description(directory, file.meta, file.config, shapes, saved, None), model)
+
+
+def install(model: nn.Module, file: AdapterFile) -> nn.Module:
+    """Adapt a base model with an adapter that fits it; returns the model."""
     ranks = [parts["lora_E"].shape[0] for parts in file.modules.values()]
     inject(model, file.config, list(file.modules), list(file.saved), ranks)
     _fill(model, file)

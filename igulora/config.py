@@ -60,6 +60,7 @@ class IGUConfig:
     fixed-rank "lora" the rank itself, r by default, so that methods compare at one final budget),
     ``lora_alpha`` (default r; the update is scaled by ``s = lora_alpha / r``), ``init``, ``init_lambda``, ``dropout``,
     ``target_modules`` ("all-linear", a regular expression over full names, or a list of name endings), ``exclude_modules``,
+    ``target_parameters`` (endings of names of 3-D parameters, such as "experts.down_proj": every expert's slice is a matrix of its own),
     ``modules_to_save`` (trained and saved whole, such as a classification head), ``rank_pattern`` (name ending -> r),
     ``recompute_inputs`` (layers do not keep their inputs where these can be multiplied out again, bit by bit, from what autograd keeps
     anyway: less memory, a little more time).
@@ -85,6 +86,7 @@ class IGUConfig:
     lora_alpha: float | None = None
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     dropout: float = 0.0
@@ -164,6 +166,9 @@ class IGUConfig:
         return (self.total_steps or 0) - (self.t_final or 0)
 
     def _check_numbers(self) -> None:
+        endings = self.target_parameters
+        if not isinstance(endings, (list, tuple)) or not all(isinstance(ending, str) for ending in endings):
+            raise TypeError(f"expected target_parameters to be a list of names, got {endings!r}")
         for name in ("r", "target_rank", "min_rank", "window", "ig_every", "nodes", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

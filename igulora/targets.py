@@ -114,7 +114,7 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
                     f"Linear layers end in: {', '.join(sorted(endings)) or 'none'}"
                     + (f"; embeddings and convolutions in: {', '.join(sorted(others))}" if others else "")
                 )
-    if not found:
+    if not found and not (config.target_parameters and not wanted):
         shown = ", ".join(linears[:8]) + (", ..." if len(linears) > 8 else "")
         raise ValueError(
             f"expected target_modules={wanted!r} to match at least one linear layer, embedding or convolution, got none. "

@@ -34,6 +34,7 @@ _CONFIG_HELP = {
     "lora_alpha": "the update is scaled by lora_alpha / r (default: r)",
     "target_modules": "all-linear, one regular expression over full names, or several name endings",
     "exclude_modules": "name endings to leave alone",
+    "target_parameters": "endings of names of 3-D parameters of experts, such as experts.down_proj; each expert is a matrix",
     "modules_to_save": "name endings of modules to train whole (a classifier's head always is)",
     "rank_pattern": "ranks at the start of single modules, by name ending",
     "dropout": "on the adapters' inputs",

@@ -7,11 +7,18 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import check_choice
 
 DEVICE_HELP = "cpu, cuda, ...; auto takes a GPU where there is one"
+
+
+def check_new(output: Path) -> None:
+    """Raise ValueError unless a folder to write into is new or empty."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"expected an empty or new folder for --output, found files in {output}; choose another")
 
 
 def add_fields(

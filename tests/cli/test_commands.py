@@ -64,6 +64,45 @@ def test_finetune_inspect_export(finetune, llama_folder, tmp_path, capsys):
     torch.testing.assert_close(exported, ours, rtol=1e-5, atol=1e-5)
     assert (ours - plain).abs().max() > 1e-3
 
+    assert main(["export", str(tmp_path / "out"), "--output", str(tmp_path / "served"), "--uniform-rank"]) == 0
+    config = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
+    assert config["r"] == config["lora_alpha"]
+
+
+@pytest.mark.parametrize("kind", ["LORA", "ADALORA"])
+def test_import_of_what_peft_saved(kind, llama_folder, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    targets = ["q_proj", "down_proj"]
+    options = {
+        "LORA": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False),
+        "ADALORA": lambda: peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=targets, init_lora_weights=False),
+    }
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(llama_folder), options[kind]()
+    ).eval()
+    theirs.save_pretrained(tmp_path / "peft")
+    assert main(["import", str(tmp_path / "peft"), "--output", str(tmp_path / "ours")]) == 0
+    ids = torch.tensor([[2, 5, 6, 7]])
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama_folder)
+    from igulora import load_adapter
+
+    with torch.no_grad():
+        plain = base(ids).logits
+        ours = load_adapter(base, tmp_path / "ours").eval()(ids).logits
+        torch.testing.assert_close(ours, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert (ours - plain).abs().max() > 1e-3
+    assert main(["inspect", str(tmp_path / "ours")]) == 0
+    assert "q_proj" in capsys.readouterr().out
+    assert main(["import", str(tmp_path / "peft"), "--output", str(tmp_path / "ours")]) == 2
+    assert main(["import", str(tmp_path / "ours"), "--output", str(tmp_path / "new")]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("igulora: error: expected an empty or new folder")
+    assert second.startswith("igulora: error: expected adapter_config.json")
+    assert not (tmp_path / "new").exists()
+
 
 def test_inspect_without_scores_and_history(finetune, tmp_path, capsys):
     assert finetune("--method", "lora", "--quiet") == 0
