@@ -386,8 +386,13 @@ def test_format_1_is_read(net, config, trainer, run, batches, tmp_path) -> None:
     assert controller.global_step == 9
     assert torch.equal(model.body["up"].lora_Q, raw["body.up.lora_Q"])
     assert float(next(iter(optimizer.state.values()))["step"]) == 9
+    state = load_file(folder / "controller_state.safetensors")
+    assert torch.equal(controller.importance.mean, state["mean"])
+    assert torch.equal(controller.importance.deviation, state["deviation"])
+    # The next step is the release's; later ones score sequences that are drawn otherwise by now.
     losses = run(model, controller, optimizer, batches(12)[9:])
-    assert losses == pytest.approx([0.9021645188331604, 0.9161971211433411, 0.9163861274719238], rel=1e-4)
+    assert losses[0] == pytest.approx(0.9021645188331604, rel=1e-4)
+    assert controller.global_step == 12
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     tensors = load_file(copy / OPTIMIZER)
