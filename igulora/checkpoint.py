@@ -29,9 +29,8 @@ from .adapter_file import (
     read_controller,
     read_modules,
 )
-from .bank import Bank, find_bank
+from .bank import Bank, find_bank, find_config
 from .bases import describe
-from .config import IGUConfig
 from .controller import Controller
 from .controller_state import check_controller_state
 from .files import check_digest, check_seal, file_digest, put_json, put_tensors, read_json, read_tensors, sealed
@@ -106,7 +105,7 @@ def _adapter(model: nn.Module, controller: Controller | None) -> tuple[dict[str,
         raise ValueError(
             "expected an unmerged model, got a merged one; call igulora.unmerge(model) before saving its adapter"
         )
-    config: IGUConfig = model.igulora_config  # type: ignore[assignment]
+    config = find_config(model)
     tensors: dict[str, Tensor] = {}
     for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
         live = bank.live[bank.starts[i] : bank.starts[i + 1]]
@@ -114,8 +113,8 @@ def _adapter(model: nn.Module, controller: Controller | None) -> tuple[dict[str,
             tensors[f"{name}.{part}"] = value
     saved = saved_modules(model)
     for name, module in saved.items():
-        tensors |= {f"{name}.saved.{key}": value for key, value in module.module.state_dict().items()}
-    _check_finite(bank, {f"{n}.{key}": p for n, m in saved.items() for key, p in m.module.named_parameters()})
+        tensors |= {f"{name}.saved.{key}": value for key, value in module.trained.state_dict().items()}
+    _check_finite(bank, {f"{n}.{key}": p for n, m in saved.items() for key, p in m.trained.named_parameters()})
     meta = {
         "format": FORMAT,
         "stamp": secrets.token_hex(8),
@@ -273,7 +272,7 @@ def _fill(model: nn.Module, file: AdapterFile) -> None:
     live = [file.modules[name]["live"] for name in bank.names]
     bank.live = torch.cat(live).to(bank.device, bank.dtype) if live else bank.mask.clone()
     for name, module in saved_modules(model).items():
-        module.module.load_state_dict(file.saved[name])
+        module.trained.load_state_dict(file.saved[name])
 
 
 def restore_adapter(model: nn.Module, directory: str | Path, controller: Controller | None = None) -> AdapterFile:
@@ -395,7 +394,7 @@ def _check_same(file: Description, model: nn.Module) -> None:
         )
     if any(layer.merged for layer in bank.layers):
         raise ValueError("expected an unmerged model to resume, got a merged one; call igulora.unmerge(model) first")
-    modules: dict[str, nn.Module] = {name: module.module for name, module in saved_modules(model).items()}
+    modules: dict[str, nn.Module] = {name: module.trained for name, module in saved_modules(model).items()}
     if sorted(modules) != sorted(file.saved):
         raise ValueError(
             f"expected the modules to save of the model, {sorted(modules)}, in {file.directory}, got {sorted(file.saved)}; resume with the "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapt import saved_modules
 from .adapter_file import read_adapter
+from .bank import base_model as unwrapped
 from .bank import find_bank
 from .files import put_json, put_tensors
 from .folders import save_whole
@@ -46,13 +47,13 @@ def export_peft(source: nn.Module | str | Path, directory: str | Path, base_mode
     if isinstance(source, nn.Module):
         factors, saved, dropout = _from_model(source)
         base_model = base_model or getattr(getattr(source, "config", None), "_name_or_path", None)
-        task_type = _task_type(source)
+        task_type = _task_type(unwrapped(source))
     else:
         factors, saved, dropout = _from_folder(source)
         task_type = None
     others = {name for name, (A, _) in factors.items() if not A.shape[0]}
     if isinstance(source, nn.Module):
-        others |= {name for name, m in source.named_modules() if isinstance(m, nn.Linear)}
+        others |= {name for name, m in unwrapped(source).named_modules() if isinstance(m, nn.Linear)}
     factors = {name: (A, B) for name, (A, B) in factors.items() if A.shape[0]}
     if not factors:
         raise ValueError(
@@ -81,7 +82,7 @@ def _from_model(model: nn.Module) -> _Content:
     for name, layer in zip(bank.names, bank.layers, strict=True):
         P, E, Q, mask = (t.detach().float().cpu() for t in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask))
         factors[name] = lora_factors(P, E, Q, mask, layer.scale)
-    saved = {name: module.module.state_dict() for name, module in saved_modules(model).items()}
+    saved = {name: module.trained.state_dict() for name, module in saved_modules(model).items()}
     return factors, saved, bank.layers[0].dropout if bank.layers else 0.0
 
 
