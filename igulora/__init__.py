@@ -24,9 +24,11 @@ from .layers import FusedSVDConv2d, FusedSVDEmbedding, FusedSVDLinear, adapters_
 from .optim import param_groups
 
 if TYPE_CHECKING:
+    from .peft import IGULoraConfig
     from .trainer import IGUCallback, IGUTrainer, IGUTrainerMixin
 
 __version__ = "0.1.0"
+
 
 __all__ = [
     "AdapterFile",
@@ -37,6 +39,7 @@ __all__ = [
     "FusedSVDLinear",
     "IGUCallback",
     "IGUConfig",
+    "IGULoraConfig",
     "IGUTrainer",
     "IGUTrainerMixin",
     "MergeWarning",
@@ -62,7 +65,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The Trainer's classes need transformers, which is imported when they are asked for."""
+    """The Trainer's classes need transformers and IGULoraConfig needs PEFT, which are imported when they are asked for."""
+    if name == "IGULoraConfig":
+        from .peft import IGULoraConfig
+
+        return IGULoraConfig
     if name in ("IGUCallback", "IGUTrainer", "IGUTrainerMixin"):
         from . import trainer
 

@@ -7,7 +7,8 @@ import warnings
 import torch
 from torch import nn
 
-from .bank import Bank, find_bank
+from .adapter import SVDAdapter
+from .bank import Bank, base_model, find_bank
 from .bases import Base
 from .config import IGUConfig
 from .context import PathContext
@@ -15,7 +16,7 @@ from .errors import MergeWarning, nearest
 from .experts import AdaptedExperts, ExpertLinear, ExpertSlice, bases_of, find_slices, wrap_experts
 from .layers import AdaptedLayer, wrap
 from .recompute import Recompute
-from .saved import SavedModule
+from .saved import SavedModule, TrainedWhole
 from .targets import find_saved, find_targets, tied_weights
 from .unwrap import reshard, unwrap
 
@@ -73,7 +74,7 @@ def check_plain(model: nn.Module) -> None:
     """Raise unless ``model`` is a module without adapters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
-    if any(isinstance(m, (AdaptedLayer, SavedModule)) for m in model.modules()):
+    if any(isinstance(m, (SVDAdapter, SavedModule)) for m in model.modules()):
         raise ValueError(
             "expected a model without igulora adapters, got one adapted already; "
             "call igulora.remove(model) first, or go on with the adapters it has"
@@ -112,7 +113,7 @@ def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[st
         raise
     model.requires_grad_(False)
     _replace(model, swaps)
-    _keep_layers_called(model)
+    keep_layers_called(model)
     model.igulora_bank = bank  # type: ignore[assignment]
     model.igulora_config = config  # type: ignore[assignment]
     return model
@@ -138,12 +139,12 @@ def _build_layers(bases: dict[str, Base], config: IGUConfig, names: list[str], r
     return layers
 
 
-def _keep_layers_called(model: nn.Module) -> None:
+def keep_layers_called(model: nn.Module) -> None:
     """In evaluation nn.TransformerEncoderLayer hands its layers' weights to a fused kernel; a layer with a hook gets called."""
     for parent in model.modules():
         if isinstance(parent, nn.TransformerEncoderLayer):
             for layer in (parent.linear1, parent.linear2):
-                if isinstance(layer, AdaptedLayer):
+                if hasattr(layer, "base_layer"):
                     layer.register_forward_pre_hook(_called)
 
 
@@ -152,13 +153,25 @@ def _called(_module: nn.Module, _args: object) -> None:
 
 
 def adapted_layers(model: nn.Module) -> list[AdaptedLayer]:
-    """The adapted layers of ``model`` in bank order."""
-    return [layer for layer in find_bank(model).layers if isinstance(layer, AdaptedLayer)]
+    """The adapted layers of ``model`` in bank order.
+
+    Raises:
+        ValueError: the model is not adapted, or PEFT keeps its adapters.
+    """
+    layers = find_bank(model).layers
+    ours = [layer for layer in layers if isinstance(layer, AdaptedLayer)]
+    if len(ours) < len(layers):
+        raise ValueError(
+            "expected a model of igulora.adapt, got one whose adapters PEFT keeps; call its own merge_adapter(), unmerge_adapter(), "
+            "merge_and_unload() or unload()"
+        )
+    return ours
 
 
-def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
-    """The modules trained whole, by full name."""
-    return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, SavedModule)}
+def saved_modules(model: nn.Module) -> dict[str, TrainedWhole]:
+    """The modules trained whole, by their full names in the base model."""
+    named = base_model(unwrap(model)).named_modules()
+    return {name: m for name, m in named if isinstance(m, TrainedWhole) and m.trained is not None}
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -256,8 +269,9 @@ def remove(model: nn.Module) -> nn.Module:
         id(layer): layer.base_layer for layer in layers if not isinstance(layer, ExpertLinear)
     }
     swaps |= {id(m): m.base_layer for m in model.modules() if isinstance(m, AdaptedExperts)}
-    for saved in saved_modules(model).values():
-        swaps[id(saved)] = saved.module.requires_grad_(False) if merged else saved.original
+    for saved in model.modules():
+        if isinstance(saved, SavedModule):
+            swaps[id(saved)] = saved.module.requires_grad_(False) if merged else saved.original
     _replace(model, swaps)
     averaging = vars(model).pop("igulora_averaging", None)
     if averaging is not None:

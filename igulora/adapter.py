@@ -81,8 +81,9 @@ class SVDAdapter(nn.Module):
         self.context = PathContext()
         self.shared: SharedInput | None = None
         self.recompute: Recompute | None = None
+        self.fixed_lambda = init == "lora"
         self.lora_P = nn.Parameter(torch.empty((r, out_features), dtype=dtype, device=device))
-        self.lora_E = nn.Parameter(torch.empty((r,), dtype=dtype, device=device), requires_grad=init != "lora")
+        self.lora_E = nn.Parameter(torch.empty((r,), dtype=dtype, device=device), requires_grad=not self.fixed_lambda)
         self.lora_Q = nn.Parameter(torch.empty((r, in_features), dtype=dtype, device=device))
         self.register_buffer("mask", torch.ones((r,), dtype=dtype, device=device))
         self.mask: Tensor

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import SVDAdapter
+from .config import IGUConfig
 from .context import PathContext
 from .kernels.importance import row_table
 from .kernels.orthogonality import work_table
@@ -243,6 +244,13 @@ class Bank:
         for param, view in views:
             param.grad = view
 
+    def follow_trainable(self) -> None:
+        """Give parameters that are trained by now, and were not when the buffers were packed, their views of the flat gradient."""
+        viewed = {id(param) for param, _ in self._grad_views} if self._epoch >= 0 else set()
+        parameters = [p for layer in self.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)]
+        if any(p.requires_grad and p.numel() and id(p) not in viewed for p in parameters):
+            self.repack()
+
     @property
     def path(self) -> Tensor:
         """The path accumulator T, flat (size,); made, with the views that the layers add to, when first asked for."""
@@ -271,6 +279,11 @@ class Bank:
     @live.setter
     def live(self, mask: Tensor) -> None:
         self._live = mask
+
+    def forget_live(self) -> None:
+        """Which triplets live is read from the layers' masks at the next :meth:`refresh`: these are about to be loaded."""
+        self._live = None
+        self.context.epoch += 1
 
     # -- views by triplet ---------------------------------------------------------------------------------------------
 
@@ -331,10 +344,30 @@ def find_bank(model: nn.Module) -> Bank:
     Raises:
         ValueError: the model is not adapted.
     """
-    bank = getattr(unwrap(model), "igulora_bank", None)
+    model = unwrap(model)
+    bank = getattr(model, "igulora_bank", None)
+    if bank is None and hasattr(model, "igulora_banks"):
+        bank = model.igulora_banks.active(model)  # type: ignore[operator, union-attr]
     if bank is None:
         raise ValueError(
             f"expected a model adapted by igulora.adapt, got a plain {type(model).__name__}; call igulora.adapt(model, config) first"
         )
     bank.refresh()
     return bank
+
+
+def find_config(model: nn.Module) -> IGUConfig:
+    """The options of an adapted model; where PEFT keeps several adapters, those of the active one.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    find_bank(model)
+    model = unwrap(model)
+    config = getattr(model, "igulora_config", None)
+    return model.igulora_banks.config(model) if config is None else config  # type: ignore[operator, union-attr]
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that module names are relative to: the one inside PEFT's wrappers, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

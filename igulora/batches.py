@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .bank import base_model
+
 IGNORED_LABEL = -100
 
 
@@ -129,6 +131,7 @@ def is_causal_lm(model: nn.Module) -> bool:
     """Whether the model's loss shifts the labels by one token, by the class names that transformers gives its models."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
+    model = base_model(model)
     return any(mark in cls.__name__ for cls in type(model).__mro__ for mark in ("ForCausalLM", "LMHead"))
 
 

@@ -30,8 +30,8 @@ from .adapter_file import (
     read_controller,
     read_modules,
 )
-from .bank import Bank, find_bank
-from .config import IGUConfig
+from .bank import Bank, base_model, find_bank, find_config
+from .bases import describe
 from .controller import Controller
 from .controller_state import check_controller_state
 from .distributed import Processes, average_gradients
@@ -121,14 +121,14 @@ def _adapter(model: nn.Module, controller: Controller | None) -> tuple[dict[str,
         raise ValueError(
             "expected an unmerged model, got a merged one; call igulora.unmerge(model) before saving its adapter"
         )
-    config: IGUConfig = model.igulora_config  # type: ignore[assignment]
+    config = find_config(model)
     modules = {}
     for i, (name, layer) in enumerate(zip(bank.names, bank.layers, strict=True)):
         live = bank.live[bank.starts[i] : bank.starts[i + 1]]
         values = (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask, live)
         modules[name] = dict(zip(PARTS, values, strict=True))
     saved = saved_modules(model)
-    _check_finite(bank, {f"{n}.{key}": p for n, m in saved.items() for key, p in m.module.named_parameters()})
+    _check_finite(bank, {f"{n}.{key}": p for n, m in saved.items() for key, p in m.trained.named_parameters()})
     meta = {
         "ranks": bank.ranks(),
         "scale": {name: layer.scale for name, layer in zip(bank.names, bank.layers, strict=True)},
@@ -136,7 +136,7 @@ def _adapter(model: nn.Module, controller: Controller | None) -> tuple[dict[str,
         "filters": filters_of(model),
         "history": controller.history if controller is not None else [],
     }
-    states = {name: module.module.state_dict() for name, module in saved.items()}
+    states = {name: module.trained.state_dict() for name, module in saved.items()}
     return _described(AdapterFile(config, modules, states, meta, {}))
 
 
@@ -167,9 +167,13 @@ def write_adapter(file: AdapterFile, directory: Path) -> Path:
 
 def kinds_of(model: nn.Module) -> dict[str, str]:
     """The kind of base (:attr:`Base.kind`) under each adapted layer."""
-    bank = find_bank(model)
-    pairs = zip(bank.names, bank.layers, strict=True)
-    return {name: layer.base.kind for name, layer in pairs if isinstance(layer, AdaptedLayer)}
+    bank, inner = find_bank(model), base_model(unwrap(model))
+    kinds = {}
+    for name, layer in zip(bank.names, bank.layers, strict=True):
+        base = layer.base if isinstance(layer, AdaptedLayer) else describe(inner.get_submodule(name).base_layer)  # type: ignore[arg-type]
+        if base is not None:
+            kinds[name] = base.kind
+    return kinds
 
 
 def filters_of(model: nn.Module) -> dict[str, list[int]]:
@@ -382,7 +386,7 @@ def _fill(model: nn.Module, file: AdapterFile) -> None:
     live = [file.modules[name]["live"] for name in bank.names]
     bank.live = torch.cat(live).to(bank.device, bank.dtype) if live else bank.mask.clone()
     for name, module in saved_modules(model).items():
-        module.module.load_state_dict(file.saved[name])
+        module.trained.load_state_dict(file.saved[name])
 
 
 def restore_adapter(model: nn.Module, directory: str | Path, controller: Controller | None = None) -> AdapterFile:
@@ -504,7 +508,7 @@ def _check_same(file: Description, model: nn.Module) -> None:
         )
     if any(layer.merged for layer in bank.layers):
         raise ValueError("expected an unmerged model to resume, got a merged one; call igulora.unmerge(model) first")
-    modules: dict[str, nn.Module] = {name: module.module for name, module in saved_modules(model).items()}
+    modules: dict[str, nn.Module] = {name: module.trained for name, module in saved_modules(model).items()}
     if sorted(modules) != sorted(file.saved):
         raise ValueError(
             f"expected the modules to save of the model, {sorted(modules)}, in {file.directory}, got {sorted(file.saved)}; resume with the "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Allocator
-from .bank import find_bank
+from .bank import Bank, find_bank, find_config
 from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
 from .controller_state import check_controller_state
@@ -37,6 +37,27 @@ class StepInfo:
     phase: str
     scored: bool
     allocated: bool
+
+
+def add_orthogonality(bank: Bank, config: IGUConfig, scale: float | Tensor = 1.0) -> Tensor:
+    """Add ``scale`` times the orthogonality gradient to the flat gradient; returns the penalty R, ()."""
+    gamma = config.orthogonality
+    bank.bind_grads()
+    if isinstance(scale, Tensor):
+        bank.grad.div_(scale)  # the kernel takes a number, and reading the scale would wait for the device
+    else:
+        gamma *= scale  # type: ignore[operator]
+    penalty = orthogonality_grad_(
+        bank.weight,
+        bank.grad,
+        list(bank.layout.groups),
+        gamma,
+        offdiagonal=config.orthogonality_form == "offdiagonal",
+        table=bank.matrix_table,
+    )
+    if isinstance(scale, Tensor):
+        bank.grad.mul_(scale)
+    return penalty
 
 
 class Controller:
@@ -89,7 +110,7 @@ class Controller:
         self._ddp = find_ddp(model)
         self.model = model = unwrap(model)
         self.bank = find_bank(model)
-        self.config: IGUConfig = model.igulora_config  # type: ignore[assignment]
+        self.config = find_config(model)
         self.accumulation_steps = accumulation_steps
         self.trace = list(self.bank.names) if trace == "all" else list(trace)
         for name in self.trace:
@@ -290,22 +311,11 @@ class Controller:
         """
         if self._regularised or not self.config.orthogonality or not self.config.adaptive:
             return
-        bank, gamma = self.bank, self.config.orthogonality
-        bank.bind_grads()
-        if isinstance(scale, Tensor):
-            bank.grad.div_(scale)  # the kernel takes a number, and reading the scale would wait for the device
-        else:
-            gamma *= scale
-        self.penalty = orthogonality_grad_(
-            bank.weight,
-            bank.grad,
-            list(bank.layout.groups),
-            gamma,
-            offdiagonal=self.config.orthogonality_form == "offdiagonal",
-            table=bank.matrix_table,
-        )
-        if isinstance(scale, Tensor):
-            bank.grad.mul_(scale)
+        self.penalty = add_orthogonality(self.bank, self.config, scale)
+        self._regularised = True
+
+    def regularised_elsewhere(self) -> None:
+        """This step's gradient has the orthogonality gradient in it (:func:`add_orthogonality`)."""
         self._regularised = True
 
     def _follow_device(self) -> None:

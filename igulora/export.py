@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapt import saved_modules
 from .adapter_file import read_adapter
+from .bank import base_model as unwrapped
 from .bank import find_bank
 from .bases import Conv1DBase, Conv2dBase, EmbeddingBase, describe
 from .checkpoint import filters_of, kinds_of
@@ -60,7 +61,7 @@ def export_peft(
         source = unwrap(source)
         content = _from_model(source)
         base_model = base_model or getattr(getattr(source, "config", None), "_name_or_path", None)
-        task_type = _task_type(source)
+        task_type = _task_type(unwrapped(source))
     else:
         content = _from_folder(source)
         task_type = None
@@ -126,10 +127,10 @@ def _from_model(model: nn.Module) -> _Content:
         P, E, Q, mask = (t.detach().float().cpu() for t in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask))
         content.factors[name] = lora_factors(P, E, Q, mask, layer.scale)
     content.kinds = kinds_of(model)
-    content.saved = {name: module.module.state_dict() for name, module in saved_modules(model).items()}
+    content.saved = {name: module.trained.state_dict() for name, module in saved_modules(model).items()}
     whole = saved_modules(model)
     closed = content.factors.keys() | whole.keys()
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if not name or name in content.factors or _is_inside(name, closed):
             continue
         content.names.add(name)
@@ -137,7 +138,7 @@ def _from_model(model: nn.Module) -> _Content:
         if base is not None and base.linear:
             content.shapes[name] = (base.out_features, base.in_features)
     for name, saved in whole.items():
-        content.names |= {f"{name}.{n}" for n, _ in saved.original.named_modules() if n}
+        content.names |= {f"{name}.{n}" for n, _ in saved.trained.named_modules() if n}
     return content
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bank import find_bank
+from .bank import find_bank, find_config
 from .unwrap import unwrap
 
 # Per Adam step each lambda moves by about its learning rate while a whole row of P moves by sqrt(out) times it: a ratio of the order of
@@ -88,5 +88,4 @@ def _ratio(model: nn.Module, lambda_lr_ratio: float | None) -> float:
         raise ValueError(f"expected lambda_lr_ratio >= 0, got {lambda_lr_ratio}")
     if lambda_lr_ratio is not None:
         return lambda_lr_ratio
-    config = getattr(model, "igulora_config", None)
-    return 1.0 if config is not None and config.init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO
+    return 1.0 if find_config(model).init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO

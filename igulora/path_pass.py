@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapt import saved_modules
 from .bank import Bank
 from .batches import append_rows, batch_size, count_loss_terms, coupling, is_flattened, on_device, take_rows
 from .config import IGUConfig
 from .distributed import Processes
 from .objective import Objective, checked, evaluating
 from .quadrature import Quadrature, path_factors
+from .saved import TrainedWhole
 
 # Rounding of 16-bit models changes a loss by about 1e-3 when its rows are computed in another batch; class weights change it by more.
 _MEAN_TOLERANCE = 0.01
@@ -374,7 +374,8 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 def _ours(model: nn.Module, bank: Bank) -> set[int]:
     ours = {id(p) for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
-    return ours | {id(p) for saved in saved_modules(model).values() for p in saved.module.parameters()}
+    saved = [copy for m in model.modules() if isinstance(m, TrainedWhole) for copy in m.copies()]
+    return ours | {id(p) for copy in saved for p in copy.parameters()}
 
 
 def other_trainables(model: nn.Module, bank: Bank) -> list[nn.Parameter]:

@@ -15,13 +15,18 @@ _INSTEAD = (
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The adapted model that ``model`` is or wraps; ``model`` itself where none is found."""
-    return _chain(model)[-1] if "igulora_bank" in vars(_chain(model)[-1]) else model
+    return _chain(model)[-1] if _is_adapted(_chain(model)[-1]) else model
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    """Whether a model knows its bank: igulora.adapt's, or PEFT's, which passes its inner model's attributes on (compiled ones do, too)."""
+    return "igulora_bank" in vars(model) or ("_orig_mod" not in model._modules and hasattr(model, "igulora_banks"))
 
 
 def _chain(model: nn.Module) -> list[nn.Module]:
     """``model``, what it wraps (``module``; ``_orig_mod`` of torch.compile), and so on down to the adapted model."""
     found = [model]
-    while "igulora_bank" not in vars(found[-1]):
+    while not _is_adapted(found[-1]):
         inner = found[-1]._modules.get("_orig_mod", found[-1]._modules.get("module"))
         if inner is None:
             inner = found[-1]._modules.get("_fsdp_wrapped_module")
@@ -59,7 +64,7 @@ def check_wrappers(model: nn.Module) -> None:
             "expected FSDP2 for a model with adapters, got FullyShardedDataParallel (FSDP1), which flattens their parameters into its own; "
             "call igulora.distributed.shard(model) instead"
         )
-    bank = vars(inner).get("igulora_bank")
+    bank = getattr(inner, "igulora_bank", None)
     for name, layer in zip(bank.names, bank.layers, strict=True) if bank is not None else ():
         for part in ("lora_P", "lora_E", "lora_Q"):
             param = getattr(layer, part)

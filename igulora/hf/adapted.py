@@ -23,7 +23,7 @@ def adapted_part(model: nn.Module) -> nn.Module:
     """
     found: list[nn.Module] = []
     for module in model.modules():
-        if isinstance(vars(module).get("igulora_bank"), Bank):
+        if isinstance(vars(module).get("igulora_bank"), Bank) or _kept_by_peft(module):
             found.append(module)
     if len(found) == 1:
         return found[0]
@@ -31,6 +31,21 @@ def adapted_part(model: nn.Module) -> nn.Module:
         raise ValueError(f"expected one adapted model to train, got {len(found)} parts that were adapted apart")
     find_bank(model)  # a wrapper may know its bank in a way of its own; raises where there is none
     return model
+
+
+def _kept_by_peft(module: nn.Module) -> bool:
+    return "igulora_banks" in vars(module)
+
+
+def adapter_folder(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Path:
+    """Where adapter and controller lie in a Trainer's checkpoint: in a folder of their own where PEFT writes its files beside them.
+
+    Two folders deep, since the Trainer takes a folder with an ``adapter_model.safetensors`` for one of PEFT's adapters.
+
+    Raises:
+        ValueError: as :func:`adapted_part`.
+    """
+    return Path(checkpoint) / "igulora" / "state" if _kept_by_peft(adapted_part(model)) else Path(checkpoint)
 
 
 def check_steps(config: IGUConfig, steps: int) -> None:
@@ -56,7 +71,7 @@ def check_steps(config: IGUConfig, steps: int) -> None:
 
 def load_best(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Put the adapter of a checkpoint into the model, without the state of its controller; warns when its ranks were not final."""
-    file = restore_adapter(adapted_part(model), Path(folder))
+    file = restore_adapter(adapted_part(model), adapter_folder(model, folder))
     history, config = file.meta["history"], file.config
     reached = history[-1]["step"] if history else 0
     if config.adaptive and reached < config.prunes_until:

@@ -11,13 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..bank import Bank, find_bank
+from ..bank import Bank, find_bank, find_config
 from ..checkpoint import CONFIG_FILE, restore_adapter, save_adapter
-from ..config import IGUConfig
 from ..controller import Controller
 from ..folders import place
 from ..path_pass import other_trainables
-from .adapted import adapted_part, check_steps, load_best
+from .adapted import adapted_part, adapter_folder, check_steps, load_best
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +64,7 @@ class IGUCallback(TrainerCallback):
     def restore(self, model: nn.Module, accumulation_steps: int, folder: str | os.PathLike[str]) -> Controller:
         """A controller as it was saved in ``folder``, and the adapter with it."""
         controller = self.start(model, accumulation_steps)
-        restore_adapter(adapted_part(model), Path(folder), controller)
+        restore_adapter(adapted_part(model), adapter_folder(model, folder), controller)
         return controller
 
     # -- the Trainer's events -----------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ class IGUCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         part = adapted_part(model)
         bank = find_bank(part)
-        config: IGUConfig = part.igulora_config  # type: ignore[assignment]
+        config = find_config(part)
         if self._alone and config.adaptive and config.scored and config.estimator != "instantaneous":
             raise ValueError(
                 f"expected IGUTrainer (or IGUTrainerMixin) for estimator={config.estimator!r}, whose path passes a callback cannot run; "
@@ -93,7 +92,7 @@ class IGUCallback(TrainerCallback):
         if self.controller is None or self.controller.bank is not bank:
             self.start(model, accumulation)
         if self._alone and state.global_step:
-            self.restore(model, accumulation, self._folder(args, state))
+            self.restore(model, accumulation, self._folder(model, args, state))
         assert self.controller is not None
         if self.controller.global_step != state.global_step:
             if state.global_step:
@@ -136,7 +135,7 @@ class IGUCallback(TrainerCallback):
                 logger.warning("No checkpoint in %s: adapter and controller are not saved. Use IGUTrainer.", folder)
                 return
             part, resumable = adapted_part(kwargs["model"]), not args.save_only_model
-            save_adapter(part, folder, self.controller, resumable=resumable, write=True)
+            save_adapter(part, adapter_folder(part, folder), self.controller, resumable=resumable, write=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes up the best checkpoint's masks with its weights; says so when the ranks are not final."""
@@ -171,12 +170,12 @@ class IGUCallback(TrainerCallback):
                 'hold them. Name their module in IGUConfig(modules_to_save=[...]), or train with save_strategy="no"'
             )
 
-    def _folder(self, args: Any, state: Any) -> Path:
+    def _folder(self, model: nn.Module, args: Any, state: Any) -> Path:
         given = [self.resume_from, getattr(args, "resume_from_checkpoint", None)]
         folders = [Path(g) for g in given if isinstance(g, (str, os.PathLike))]
         folders.append(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         for folder in folders:
-            if place(folder, CONFIG_FILE).is_file():
+            if place(adapter_folder(model, folder), CONFIG_FILE).is_file():
                 return folder
         raise ValueError(
             f"expected the adapter and controller of step {state.global_step} in {folders[0]}, found no {CONFIG_FILE} there; was the "

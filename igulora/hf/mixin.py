@@ -28,7 +28,7 @@ from ..controller import Controller
 from ..folders import place
 from ..objective import evaluating
 from ..optim import split_lambda
-from .adapted import adapted_part, load_best
+from .adapted import adapted_part, adapter_folder, load_best
 from .callback import IGUCallback
 
 if TYPE_CHECKING:  # what the mixin's super() is; at run time it may lie before any subclass of Trainer
@@ -286,7 +286,10 @@ class IGUTrainerMixin(_Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        save_adapter(part, folder, self._igu.controller, resumable=self._resumable, write=True)
+        save_adapter(part, adapter_folder(part, folder), self._igu.controller, resumable=self._resumable, write=True)
+        if adapter_folder(part, folder) != folder:
+            super()._save(output_dir, state_dict)
+            return
         tokenizer = self.processing_class
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)
@@ -306,7 +309,7 @@ class IGUTrainerMixin(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Overridden because the Trainer takes ``adapter_model.safetensors`` for PEFT's and finds no PEFT model."""
-        if not place(Path(resume_from_checkpoint), CONFIG_FILE).is_file():
+        if not place(adapter_folder(self.model, resume_from_checkpoint), CONFIG_FILE).is_file():
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
             return
         self._igu.restore(self.model, self.args.gradient_accumulation_steps, resume_from_checkpoint)
@@ -314,7 +317,7 @@ class IGUTrainerMixin(_Trainer):
     def _load_best_model(self) -> None:
         """As for resuming; the controller stays where training ended."""
         best = self.state.best_model_checkpoint
-        if best is None or not place(Path(best), CONFIG_FILE).is_file():
+        if best is None or not place(adapter_folder(self.model, best), CONFIG_FILE).is_file():
             super()._load_best_model()
             return
         logger.info("Loading the best adapter from %s (score: %s).", best, self.state.best_metric)
@@ -328,7 +331,7 @@ def _counts_as_adapted(model: Any) -> Iterator[None]:
     wanted = (
         isinstance(model, nn.Module)
         and getattr(model, "is_quantized", False)
-        and hasattr(model, "igulora_bank")
+        and (hasattr(model, "igulora_bank") or hasattr(model, "igulora_banks"))
         and not getattr(model, mark, False)
     )
     if not wanted:
