@@ -98,7 +98,10 @@ def test_gradients_are_within_twice_the_error_of_pytorch(dtype, alpha, recompute
     "options", [{}, {"path_pass": "separate"}, {"estimator": "on-path"}], ids=lambda o: "-".join(o.values()) or "mixed"
 )
 def test_a_whole_schedule_under_autocast_with_checkpointing(config, options) -> None:
-    """Recomputation inside autocast changes no bit of a mixed-precision run; that run stays near the float32 one."""
+    """Recomputation inside autocast changes no bit of a mixed-precision run, which stays near the float32 one until triplets are pruned.
+
+    From then on rounding may decide between two that score alike, and the runs are two runs.
+    """
 
     class Recomputed(Block):
         def forward(self, x: Tensor) -> Tensor:
@@ -115,4 +118,5 @@ def test_a_whole_schedule_under_autocast_with_checkpointing(config, options) -> 
     low = run(Block())
     run(Recomputed()).assert_same_bits(low)
     assert low.weight.dtype == low.mean.dtype == torch.float32
-    assert low.losses == pytest.approx(run(Block(), enabled=False).losses, rel=2e-2)
+    before = config().t_init
+    assert low.losses[:before] == pytest.approx(run(Block(), enabled=False).losses[:before], rel=2e-2)
