@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import distributed
 from .adapt import adapt, merge, merge_errors, remove, unmerge
+from .adapter_file import AdapterFile, read_adapter
 from .bank import Bank, find_bank
-from .checkpoint import AdapterFile, load_adapter, load_checkpoint, read_adapter, save_adapter, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .compact import compact
 from .config import IGUConfig
 from .controller import Controller, StepInfo
@@ -22,6 +23,7 @@ from .errors import MergeWarning
 from .export import export_peft
 from .layers import FusedSVDConv2d, FusedSVDEmbedding, FusedSVDLinear, adapters_disabled
 from .optim import param_groups
+from .saved_adapter import load_adapter, save_adapter
 
 if TYPE_CHECKING:
     from .peft import IGULoraConfig

@@ -38,6 +38,8 @@ ADAPTER_FILE, CONFIG_FILE, CONTROLLER_FILE = (
     "igulora_config.json",
     "controller_state.safetensors",
 )
+# What a checkpoint adds.
+OPTIMIZER_FILE, TRAINER_FILE = "optimizer.safetensors", "checkpoint.json"
 FORMAT = 2
 PARTS = ("lora_P", "lora_E", "lora_Q", "mask", "live")
 _MATRICES = ("lora_P", "lora_Q")

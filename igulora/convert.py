@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .adapt import check_plain, rank_of
 from .adapter_file import AdapterFile
 from .bases import Conv1DBase
-from .checkpoint import check_fits, install
 from .config import IGUConfig
+from .fit import check_fits
 from .peft_folder import PREFIX, Factors, PeftConfig, read_parts
+from .saved_adapter import install
 from .targets import find_targets
 
 _FIRST_DUE = 4  # steps from which on three score updates precede an allocation

@@ -14,11 +14,11 @@ from .adapter_file import read_adapter
 from .bank import base_model as unwrapped
 from .bank import find_bank
 from .bases import Conv1DBase, Conv2dBase, EmbeddingBase, describe
-from .checkpoint import filters_of, kinds_of
 from .experts import ExpertBase
 from .files import put_json, put_tensors
 from .folders import save_whole
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
+from .saved_adapter import filters_of, kinds_of
 from .unwrap import unwrap
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import igulora
-from igulora.checkpoint import CONFIG_FILE
+from igulora.adapter_file import CONFIG_FILE
 from igulora.files import read_json
 from igulora.folders import place
 

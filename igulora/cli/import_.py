@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_adapter
 from ..convert import read_peft
+from ..saved_adapter import write_adapter
 from .options import check_new
 
 

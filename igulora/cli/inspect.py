@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import AdapterFile, read_adapter
+from ..adapter_file import AdapterFile, read_adapter
 from ..training.extras import require
 from ..training.plots import layer_and_kind, module_grid, plot_adapter
 from .tables import make_table

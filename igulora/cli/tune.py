@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import CONFIG_FILE, read_adapter
+from ..adapter_file import CONFIG_FILE, read_adapter
 from ..errors import first_line
 from ..folders import place
 from ..kernels import tuning

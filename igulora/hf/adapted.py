@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from ..bank import Bank, find_bank
-from ..checkpoint import restore_adapter
 from ..config import IGUConfig
+from ..saved_adapter import restore_adapter
 
 logger = logging.getLogger(__name__)
 

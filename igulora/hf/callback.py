@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..adapter_file import CONFIG_FILE
 from ..bank import Bank, find_bank, find_config
-from ..checkpoint import CONFIG_FILE, restore_adapter, save_adapter
 from ..controller import Controller
 from ..folders import place
 from ..path_pass import other_trainables
+from ..saved_adapter import restore_adapter, save_adapter
 from .adapted import adapted_part, adapter_folder, check_steps, load_best
 
 logger = logging.getLogger(__name__)

@@ -21,13 +21,14 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from ..adapt import adapt
+from ..adapter_file import CONFIG_FILE
 from ..bank import find_bank
-from ..checkpoint import CONFIG_FILE, save_adapter
 from ..config import IGUConfig
 from ..controller import Controller
 from ..folders import place
 from ..objective import evaluating
 from ..optim import split_lambda
+from ..saved_adapter import save_adapter
 from .adapted import adapted_part, adapter_folder, load_best
 from .callback import IGUCallback
 

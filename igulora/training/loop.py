@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapter_file import TRAINER_FILE
 from ..bank import find_bank
-from ..checkpoint import TRAINER_FILE, load_checkpoint, save_adapter, save_checkpoint
+from ..checkpoint import load_checkpoint, save_checkpoint
 from ..controller import Controller
 from ..errors import nearest
 from ..folders import finish, place
 from ..optim import param_groups
+from ..saved_adapter import save_adapter
 from .data import BatchStream
 from .progress import MetricsFile, Progress
 from .settings import RunSettings, schedule_factor

@@ -15,9 +15,9 @@ from torch import nn
 
 from ..adapt import adapt
 from ..bank import find_bank
-from ..checkpoint import save_adapter
 from ..config import IGUConfig
 from ..files import write_json
+from ..saved_adapter import save_adapter
 from . import demo
 from .causal_lm import CausalLM, closed_set
 from .data import DataSource, Example, class_names, hold_out, load_table, read_examples

@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 import igulora
+from igulora.adapter_file import TRAINER_FILE
 from igulora.bank import find_bank
-from igulora.checkpoint import TRAINER_FILE, load_checkpoint, save_checkpoint
+from igulora.checkpoint import load_checkpoint, save_checkpoint
 from igulora.folders import COMPLETE, PARTIAL, place
 from igulora.training.loop import CHECKPOINTS, keep_newest, latest_checkpoint
 

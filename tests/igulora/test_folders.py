@@ -168,7 +168,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(
             run(model, controller, optimizer, batches(2))
         calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(f"igulora.checkpoint.{name}", failing)
+            for module in ("checkpoint", "saved_adapter"):
+                patch.setattr(f"igulora.{module}.{name}", failing)
             if at > count:
                 saves[0]()
                 assert len(calls) == count

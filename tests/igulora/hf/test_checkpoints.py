@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import igulora
-from igulora.checkpoint import CONFIG_FILE, CONTROLLER_FILE
+from igulora.adapter_file import CONFIG_FILE, CONTROLLER_FILE
 from igulora.trainer import IGUCallback, IGUTrainer
 
 transformers = pytest.importorskip("transformers")
