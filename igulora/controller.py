@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from .importance import Importance
 from .kernels import orthogonality_grad_
 from .objective import LossFn, Objective, TrainFn
 from .path_pass import PathPasses
+from .rank_log import RankLog
 from .unwrap import check_wrappers, find_ddp, unwrap
 
 if TYPE_CHECKING:
@@ -130,9 +129,7 @@ class Controller:
         self.penalty: Tensor | None = None
         self._regularised = False
         self._ran_backward = False
-        # Per allocation: step, budget, live mask, and the number of each module's first triplet in it.
-        self._events: list[tuple[int, int, Tensor, list[int]]] = []
-        self._series: list[tuple[int, Tensor]] = []
+        self.log = RankLog(self.bank, self.trace)
         self._check_schedule()
         self._take_charge()
 
@@ -188,25 +185,12 @@ class Controller:
     @property
     def history(self) -> list[dict[str, Any]]:
         """One entry per allocation: step, budget and the live rank of every module (synchronises with the device)."""
-        out = []
-        for step, budget, live, starts in self._events:
-            values = live.tolist()
-            ranks = [int(sum(values[a:b])) for a, b in itertools.pairwise(starts)]
-            out.append({"step": step, "budget": budget, "ranks": dict(zip(self.bank.names, ranks, strict=True))})
-        return out
+        return self.log.history()
 
     @property
     def series(self) -> dict[str, list[dict[str, float]]]:
         """Per traced module and score update: step, y_t, running mean, running deviation and SNR_t (IGU-LoRA appendix G)."""
-        out: dict[str, list[dict[str, float]]] = {name: [] for name in self.trace}
-        where = [self.bank.names.index(name) for name in self.trace]
-        for step, stats in self._series:
-            values = stats[:, where].tolist()
-            for k, name in enumerate(self.trace):
-                y, mean, deviation = values[0][k], values[1][k], values[2][k]
-                snr = mean / (deviation + self.config.eps)
-                out[name].append({"step": step, "y": y, "mean": mean, "deviation": deviation, "snr": snr})
-        return out
+        return self.log.series(self.config.eps)
 
     def summary(self) -> dict[str, float]:
         """Numbers for a log entry, read from the device at once: "step", "budget", "phase" (0 warmup, 1 pruning, 2 final), "live" triplets,
@@ -348,13 +332,13 @@ class Controller:
                 self.passes.sample_training_gradient(micro_batches)
             scored = self.passes.complete
             if scored:
-                self._update_scores()
+                self.importance.update(self.passes.close_window())
+                self.log.scored(self.global_step + 1, self.importance)
         self.global_step += 1
         due = config.adaptive and self.allocator.schedule.is_due(self.global_step)
         if due:
             self.allocator.allocate(self.importance, self.global_step)
-            # An allocation makes a new mask: the event keeps it, and its ranks are counted when somebody asks.
-            self._events.append((self.global_step, self.budget, bank.live, bank.starts))
+            self.log.allocated(self.global_step, self.budget)
         self._reset_step()
         return StepInfo(self.global_step, self.budget, self.phase, scored, due)
 
@@ -376,12 +360,6 @@ class Controller:
                 "expected ctl.regularise() between your own loss.backward() and optimizer.step(), got none: the orthogonality penalty was "
                 "never applied. Use ctl.backward, call ctl.regularise(), or set orthogonality=0"
             )
-
-    def _update_scores(self) -> None:
-        self.importance.update(self.passes.close_window())
-        if self.trace:
-            stats = self.importance.module_stats()
-            self._series.append((self.global_step + 1, torch.stack([stats[k] for k in ("y", "mean", "deviation")])))
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -408,9 +386,7 @@ class Controller:
                 "regularised": self._regularised,
                 "ran_backward": self._ran_backward,
             },
-            "history": self.history,
-            "trace": self.trace,
-            "series": [[step, stats.tolist()] for step, stats in self._series],
+            **self.log.state_dict(),
         }
         return {"tensors": {k: v.detach().cpu().clone() for k, v in tensors.items()}, "meta": meta}
 
@@ -431,20 +407,9 @@ class Controller:
         self.allocator = Allocator(bank, self.config, initial=int(meta["initial_budget"]))
         self.passes.load_state_dict(tensors, meta["passes"])
         self.global_step = int(meta["global_step"])
-        each = list(range(len(bank.names) + 1))  # of past allocations the ranks are known, one number per module
-        self._events = [
-            (int(e["step"]), int(e["budget"]), torch.tensor([e["ranks"][name] for name in bank.names]), each)
-            for e in meta["history"]
-        ]
-        if meta["trace"] == self.trace:
-            self._series = [(int(step), _statistics(stats)) for step, stats in meta["series"]]
+        self.log.load_state_dict(meta)
         self._reset_step()
         pending = meta.get("pending")  # format 1 saved between steps only
         if pending is not None:
             bank.context.unstepped = pending["unstepped"]
             self._regularised, self._ran_backward = pending["regularised"], pending["ran_backward"]
-
-
-def _statistics(rows: list[list[float | None]]) -> Tensor:
-    """(3, modules) of a saved series; None is what JSON of format 1 made of NaN."""
-    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows])
