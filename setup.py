@@ -13,6 +13,7 @@ DEMO = [
     "pyarrow>=15",
 ]
 PEFT = ["peft==0.21.*"]  # the version whose AdaLoRA ours is compared with, number by number
+TRAINERS = ["trl>=1.0", "datasets>=4.0"]  # a Trainer of others, with the mixin
 QUANTISED = ["bitsandbytes>=0.49", "torchao>=0.17"]  # bases that adapters sit on; neither asks for another torch
 TIMING = ["pytest>=8.1", "pytest-benchmark>=5.2"]  # `pytest benchmarks`
 
@@ -41,7 +42,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "hf": ["transformers>=5.0", "peft>=0.21", "accelerate>=1.0", "datasets>=4.0"],
-        "test": [*DEMO, *PEFT, *QUANTISED, *TIMING, "hypothesis>=6.100", "pytest-xdist>=3.6"],
+        "test": [*DEMO, *PEFT, *QUANTISED, *TRAINERS, *TIMING, "hypothesis>=6.100", "pytest-xdist>=3.6"],
         "bench": [*DEMO, *PEFT, *TIMING],
         "lint": ["ruff>=0.12", "mypy>=1.15"],
     },
