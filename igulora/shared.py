@@ -43,7 +43,6 @@ class Taken(NamedTuple):
     recipe: Recipe | None = None
 
 
-@torch.compiler.assume_constant_result
 def _in_subgraph() -> bool:
     """While Dynamo traces: whether that is the inside of a checkpoint, or of another function that becomes a graph of its own."""
     try:
@@ -52,6 +51,11 @@ def _in_subgraph() -> bool:
         return InstructionTranslator.current_tx().output.current_tracer.parent is not None
     except (ImportError, AttributeError):  # another tracer, or another PyTorch: every layer reads its input by itself
         return True
+
+
+# What torch.compiler.assume_constant_result sets: called while a graph is traced, and not traced itself. That decorator would import the
+# whole compiler with igulora.
+_in_subgraph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class SharedInput:
