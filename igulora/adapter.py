@@ -30,6 +30,18 @@ def _orthonormal_rows(rows: int, cols: int, generator: torch.Generator) -> Tenso
     return torch.cat(blocks) if blocks else torch.empty((0, cols))
 
 
+def own_storage(view: Tensor) -> Tensor:
+    """A contiguous view of a flat buffer as a tensor with a storage of its own, on the same memory, which it keeps alive.
+
+    Who saves tensors by their storages (safetensors, accelerate) takes tensors that share one for copies of each other.
+    """
+    if type(view) is not Tensor or view.device.type not in ("cpu", "cuda") or not view.numel():
+        return view  # elsewhere addresses are no plain numbers
+    start, width = view.storage_offset() * view.element_size(), view.numel() * view.element_size()
+    storage = view.untyped_storage()[start : start + width]
+    return view.new_empty(0).set_(storage, 0, view.shape, view.stride())
+
+
 class SVDAdapter(nn.Module):
     """``Delta W = s sum_i m_i lambda_i p_i q_i^T`` of a layer from ``in_features`` to ``out_features`` (IGU-LoRA Eq. 2; ALGORITHMS 1).
 
@@ -167,6 +179,13 @@ class SVDAdapter(nn.Module):
         super()._apply(keep_dtype, recurse=False)
         self.context.epoch += 1
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A state dict holds tensors on the parameters' memory, as ever, but each with a storage of its own."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name in ("lora_P", "lora_E", "lora_Q", "mask"):
+                destination[prefix + name] = own_storage(destination[prefix + name])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

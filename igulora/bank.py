@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import SVDAdapter
+from .adapter import SVDAdapter, own_storage
 from .config import IGUConfig
 from .context import PathContext
 from .kernels.importance import row_table
@@ -200,13 +200,13 @@ class Bank:
         self.cost = torch.repeat_interleave(costs, ranks).to(self.device)
 
     def _watch_backward(self) -> None:
-        """One gradient hook on one parameter counts training backward passes (the guard against a forgotten step)."""
-        handle = getattr(self, "_hook", None)
-        if handle is not None:
+        """Gradient hooks on one parameter of every layer count training backward passes (the guard against a forgotten step)."""
+        for handle in getattr(self, "_hooks", ()):
             handle.remove()
-        self._hook = None
-        if self._grad_views:
-            self._hook = self._grad_views[0][0].register_post_accumulate_grad_hook(self.context.count_backward)
+        trained = [next((p for p in layer.parameters(recurse=False) if p.requires_grad), None) for layer in self.layers]
+        watched = [p for layer, p in zip(self.layers, trained, strict=True) if p is not None and layer.r]
+        counters = self.context.watch(len(watched))
+        self._hooks = [p.register_post_accumulate_grad_hook(count) for p, count in zip(watched, counters, strict=True)]
 
     def _view(self, flat: Tensor, s: _Slice) -> Tensor:
         part = flat[s.offset : s.offset + s.rows * s.length]
@@ -326,16 +326,10 @@ class Bank:
 def _accumulator(view: Tensor) -> Tensor:
     """A view of the path accumulator as compiled graphs take it best: written in place, not copied before and after each layer.
 
-    Of tensors that share a storage Inductor copies all that lies before the one that is changed; so each gets a storage of its own, on the
-    same memory. A parameter, because those have constant sizes in every graph: with variable ones (torch 2.13) wrong places are written.
+    Of tensors that share a storage Inductor copies all that lies before the one that is changed. A parameter, because those have constant
+    sizes in every graph: with variable ones (torch 2.13) wrong places are written.
     """
-    if (
-        type(view) is Tensor and view.device.type in ("cpu", "cuda") and view.numel()
-    ):  # elsewhere addresses are no plain numbers
-        start, width = view.storage_offset() * view.element_size(), view.numel() * view.element_size()
-        storage = view.untyped_storage()[start : start + width]
-        view = view.new_empty(0).set_(storage, 0, view.shape, view.stride())
-    return nn.Parameter(view, requires_grad=False)
+    return nn.Parameter(own_storage(view), requires_grad=False)
 
 
 def find_bank(model: nn.Module) -> Bank:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +35,11 @@ class PathContext:
     enabled: bool = True
     needs_controller: bool = False
     controlled: bool = False
-    unstepped: int = 0
     allowed_unstepped: int = _FREE_PASSES
+    _unstepped: int = 0
+    _passes: list[int] | None = (
+        None  # of every watched parameter, since the last step; None where none is watched (a copy, not packed yet)
+    )
     # Numbers of sequences, as the sizes of tensors without elements: a compiled graph takes those as variables, but numbers that modules
     # hold as constants, and would be compiled again for each batch size.
     _trained: Tensor | None = None
@@ -78,9 +81,29 @@ class PathContext:
         finally:
             self.alpha, self._trained, self._before_path, self.path_weight = before
 
-    def count_backward(self, _param: Tensor) -> None:
-        """Called once per training backward pass (a gradient hook on one parameter)."""
-        self.unstepped += 1
+    @property
+    def unstepped(self) -> int:
+        """Training passes since the last step."""
+        return self._unstepped
+
+    @unstepped.setter
+    def unstepped(self, passes: int) -> None:
+        self._unstepped = passes
+        self._passes = None if self._passes is None else [passes] * len(self._passes)
+
+    def watch(self, parameters: int) -> list[Callable[[Tensor], None]]:
+        """Gradient hooks, one for each of so many parameters: a pass that leaves some of them out is counted by the others."""
+        self._passes = [self._unstepped] * parameters
+
+        def counter(i: int) -> Callable[[Tensor], None]:
+            def count(_param: Tensor) -> None:
+                if self._passes is not None and i < len(self._passes):
+                    self._passes[i] += 1
+                    self._unstepped = max(self._unstepped, self._passes[i])
+
+            return count
+
+        return [counter(i) for i in range(parameters)]
 
     def check_stepped(self) -> None:
         """Raise when more training passes went by than one optimizer step can have.
@@ -88,10 +111,16 @@ class PathContext:
         Raises:
             ValueError: ``Controller.step()`` was not called, or there is no controller.
         """
-        if not self.needs_controller or self.unstepped < self.allowed_unstepped or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.needs_controller:
             return
         # Inside a backward pass activation checkpointing runs the forward again.
         if torch._C._current_graph_task_id() != -1:
+            return
+        if (
+            self._passes is None
+        ):  # a copy or a file that nobody packed yet has no gradient hooks: its forward passes count
+            self._unstepped += 1
+        if self._unstepped < self.allowed_unstepped:
             return
         if not self.controlled:
             raise ValueError(

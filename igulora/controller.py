@@ -281,7 +281,9 @@ class Controller:
         self._ran_backward = True
         run = self.passes.train_and_sample if self.samples_path else self.passes.train
         share = self.passes.share_of(batch) if self.joint_mean and self.processes.count > 1 else None
+        before = bank.context.unstepped
         loss = run(Objective(loss_fn, scale, items, train, share), batch)
+        bank.context.unstepped = before + 1  # also where no gradient reached a watched parameter
         self.regularise(scale * self.accumulation_steps if step_scale is None else step_scale)
         return loss
 
@@ -368,6 +370,7 @@ class Controller:
 
         Of several processes each has sums of its own inside a window; :meth:`PathPasses.reduce_window` of ``passes`` makes them equal.
         """
+        self.bank.refresh()
         passes, scores = self.passes.state_dict(), self.importance.state_dict()
         tensors: dict[str, Tensor] = {
             "live": self.bank.live,

@@ -43,21 +43,6 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside ``path`` and rename: a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-        sync_folder(path.parent)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text; NaN and infinity, which JSON has no words for, become null."""
 
@@ -87,14 +72,19 @@ def put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON file atomically."""
+    """Write one JSON file beside ``path`` and rename it: a crash leaves the old file or the new one."""
     to_json(value)  # what JSON cannot say is found before the folder is made
-    _atomically(path, lambda place: put_json(place, value))
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file atomically."""
-    _atomically(path, lambda place: put_tensors(place, tensors, metadata))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        put_json(Path(name), value)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+        sync_folder(path.parent)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 # -- digests ----------------------------------------------------------------------------------------------------------
@@ -268,11 +258,6 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
     _check_there(path)
     return _reading(path, read)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; raises as :func:`read_tensors` does."""
-    return read_header(path).metadata
 
 
 def _check_there(path: Path) -> None:

@@ -201,8 +201,6 @@ class _GivenS(AdaptedLayer):
         """P, lambda and Q; what the operator that makes S is told of the pass under way; and what the one that adds the update is."""
         self.check_stepped()
         P, E, Q = self.factors()
-        if self.context.train_groups == 0 and torch.is_grad_enabled():
-            Q = Q.detach().requires_grad_()  # a pure path pass: no parameter in the graph, yet a backward
         update = self.rows()
         rows = {key: update[key] for key in ("train_groups", "path_start", "path_weight")}
         rows["path_Q"] = None if update["path"] is None else update["path"][2]

@@ -77,9 +77,10 @@ def _is_one(scale: float | Tensor) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and what is drawn inside undrawn: for a look at the loss that changes nothing."""
     training = [m for m in model.modules() if m.training]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=list(devices)):
             yield
     finally:
         for module in training:

@@ -217,6 +217,8 @@ class PathPasses:
         with bank.context.at(alpha, size, 0 if path.endpoint else size, weight):
             # A sum over terms gives the training rows their share as it is; a mean was divided by the terms of both parts.
             loss = task.train_on(append_rows(batch, path.rows), joint if task.items is None else None)
+        if task.share is not None and task.train is not None:
+            loss = loss / task.share
         # What the loop's own code reports counts both parts over the terms of one.
         return loss if task.items is None and task.train is None else loss / joint
 
@@ -229,13 +231,18 @@ class PathPasses:
         with evaluating(self.model), _uncompiled():
             train, again = task.loss_fn(batch), task.loss_fn(batch)
             sampled, joint = task.loss_fn(take_rows(batch, path.rows)), task.loss_fn(append_rows(batch, path.rows))
+        total, sampled_total = terms.sum(), path_terms.sum()
         if task.items is None:
-            total, sampled_total = terms.sum(), path_terms.sum()
-            all_terms = (total + sampled_total).clamp_(min=1.0)
-            expected = (total * checked(train) + sampled_total * checked(sampled)) / all_terms
+            parts = zip((total, sampled_total), (train, sampled), strict=True)
+            # The mean of no terms is NaN: rows without a label.
+            sums = [torch.where(n > 0, n * checked(loss), torch.zeros_like(n)) for n, loss in parts]
+            expected = (sums[0] + sums[1]) / (total + sampled_total).clamp(min=1.0)
         else:
             expected = checked(train) + checked(sampled)
-        values = torch.stack([checked(v).to(torch.float64) for v in (train, again, joint, expected)]).tolist()
+        found = (train, again, joint, expected, torch.minimum(total, sampled_total))
+        values = torch.stack([checked(v).to(torch.float64) for v in found]).tolist()
+        if values[4] == 0:
+            return  # one part has no terms: the next batch may tell
         if values[0] != values[1] or abs(values[2] - values[3]) <= _MEAN_TOLERANCE * max(abs(values[3]), 1e-6):
             self._mean_checked = True  # not before: a caller who goes on after the error meets it again
             return

@@ -16,6 +16,9 @@ def is_plain_product(module: nn.Module) -> bool:
     Elsewhere (a subclass or an instance with a forward of its own, a weight that is a tensor of its own kind) the layer's own forward runs,
     and the update is added to what it returns.
     """
+    if type(module) is nn.Linear and not torch.compiler.is_compiling():  # nearly all there are, at every forward
+        own = module.__dict__
+        return "forward" not in own and type(own["_parameters"].get("weight")) in PLAIN_TENSORS
     return runs_as(module, nn.Linear) and type(module.weight) in PLAIN_TENSORS
 
 

@@ -19,7 +19,7 @@ import igulora
 from igulora import find_bank
 from igulora.checkpoint import load_checkpoint, save_checkpoint
 from igulora.cli import main
-from igulora.files import file_digest, read_metadata, sealed
+from igulora.files import file_digest, read_header, sealed
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -38,7 +38,7 @@ def tensors_edit(change):
         path = folder / "adapter_model.safetensors"
         tensors = load_file(path)
         change(tensors)
-        save_file(tensors, path, metadata=read_metadata(path))
+        save_file(tensors, path, metadata=read_header(path).metadata)
         reseal(folder)
 
     return edit
@@ -279,7 +279,7 @@ def state_edit(name: str, change):
     def edit(folder: Path) -> None:
         tensors = load_file(folder / name)
         change(tensors)
-        save_file(tensors, folder / name, metadata=read_metadata(folder / name))
+        save_file(tensors, folder / name, metadata=read_header(folder / name).metadata)
         reseal(folder)
 
     return edit

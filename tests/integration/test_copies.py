@@ -73,6 +73,73 @@ def test_a_copied_controller_allows_as_many_micro_batches_as_its_original(config
         controller.backward(lambda b: block_loss(twin, b), batches[12])
 
 
+def test_a_copy_that_nobody_steps_is_stopped_as_its_original_is(config) -> None:
+    for twin in (copy.deepcopy(igulora.adapt(Block(), config())), through_file(igulora.adapt(Block(), config()))):
+        optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
+        batch = block_batches(1)[0]
+        with pytest.raises(ValueError, match="expected an igulora.Controller"):
+            for _ in range(12):
+                block_loss(twin, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def test_passes_that_leave_layers_out_are_counted(config) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.which = "second"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self, self.which)(x)
+
+    for own in (True, False):
+        torch.manual_seed(0)
+        model = igulora.adapt(Branches(), config(estimator="instantaneous", orthogonality=0.0))
+        controller = igulora.Controller(model, accumulation_steps=3)
+        for model.which in ("second", "first", "second"):
+            if own:
+                model(torch.randn(2, 4)).sum().backward()
+            else:
+                controller.backward(lambda x, model=model: model(x).sum(), torch.randn(2, 4))
+        # Of a backward of the user's own it is known which parameters it reached: here two passes reached one, and one the other.
+        assert controller.bank.context.unstepped == (2 if own else 3)
+
+
+@pytest.mark.parametrize("way", ["safetensors", "accelerate"])
+def test_whole_models_are_saved_by_others(config, tmp_path, way) -> None:
+    """Parameters lie in one buffer; who looks for tensors that share a storage takes none for a copy of another."""
+    torch.manual_seed(1)
+    model = igulora.adapt(Block(), config())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    weight = model.igulora_bank.weight.clone()
+    twin = igulora.adapt(Block(), config())
+    if way == "safetensors":
+        from safetensors.torch import load_model, save_model
+
+        save_model(model, str(tmp_path / "model.safetensors"))
+        assert load_model(twin, str(tmp_path / "model.safetensors")) == (set(), [])
+    else:
+        accelerate = pytest.importorskip("accelerate")
+        for each, act in ((model, "save_state"), (twin, "load_state")):
+            accelerator = accelerate.Accelerator(cpu=True)
+            accelerator.prepare(each)
+            getattr(accelerator, act)(str(tmp_path))
+    assert torch.equal(igulora.find_bank(twin).weight, weight)
+
+
+def test_a_state_dict_is_the_models_memory(config) -> None:
+    model = igulora.adapt(Block(), config())
+    weight = model.igulora_bank.weight.clone()
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.mul_(2.0)
+    assert torch.equal(model.igulora_bank.weight, 2.0 * weight)
+
+
 def through_file(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)
