@@ -71,6 +71,11 @@ class IGULoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            raise ValueError(
+                f"expected target_modules only, got target_parameters, which name {current_key!r}; PEFT's method adapts modules, and "
+                "igulora.adapt experts that are kept in parameters"
+            )
         if isinstance(target, NonDynamicallyQuantizableLinear):
             raise ValueError(
                 f"expected layers that their parent calls, got {current_key!r}: nn.MultiheadAttention reads its weight directly, so that "
