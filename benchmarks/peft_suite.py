@@ -88,7 +88,6 @@ CHANGES: tuple[tuple[str, str, str], ...] = (
 )
 # Tests that fail, by their names, and why they may.
 EXCEPTIONS: tuple[tuple[str, str], ...] = (
-    (r"Conv2d", "convolutions are not adapted"),
     (
         r"test_adapter_dtype_autocast\[\w+-False",
         "masters are float32 whatever the base's type: autocast_adapter_dtype=False changes nothing",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -188,8 +190,18 @@ def merge(model: nn.Module) -> nn.Module:
     if any(layer.merged for layer in layers):
         raise ValueError("expected an unmerged model, got a merged one; call igulora.unmerge(model) first")
     names = dict(zip(find_bank(model).names, layers, strict=True))
+    check_mergeable(model, names)
+    reshard(model)
+    for layer in layers:
+        layer.merge()
+    warn_of_loss(names)
+    return model
+
+
+def check_mergeable(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Raise unless an update may be written into the weight of each of ``layers``, the adapted ones by their names in ``model``."""
     tied = tied_weights(model)
-    for name, layer in names.items():
+    for name, layer in layers.items():
         fixed = layer.base.fixed()
         if fixed is not None:
             raise ValueError(f"expected weights that can be written, got {name!r} ({layer.base.kind}): {fixed}")
@@ -199,29 +211,32 @@ def merge(model: nn.Module) -> nn.Module:
                 "change; give that one a copy first (head.weight = nn.Parameter(head.weight.detach().clone())), or serve the adapter "
                 "unmerged"
             )
-    reshard(model)
-    for layer in layers:
-        layer.merge()
-    _warn_of_loss(names)
-    return model
 
 
 def merge_errors(model: nn.Module) -> dict[str, float]:
     """By layer, how far a merged weight is from base plus update, as a share of the update's norm.
 
-    1 is as far off as without the update: quantising dropped it. 0.0 for weights that are not quantised.
+    1 is as far off as without the update: quantising dropped it. 0.0 for weights that are not quantised. Of a PEFT model, merged layers.
 
     Raises:
         ValueError: the model is not adapted, or not merged.
     """
-    layers = adapted_layers(model)
-    if not all(layer.merged for layer in layers):
-        raise ValueError("expected a merged model, got an unmerged one; call igulora.merge(model) first")
-    return {name: layer.merge_error for name, layer in zip(find_bank(model).names, layers, strict=True)}
+    inner = base_model(unwrap(model))
+    layers: dict[str, Any]
+    if hasattr(inner, "igulora_banks"):
+        layers = {name: m for name, m in inner.named_modules() if hasattr(m, "igu_adapters") and m.merged}
+    else:
+        layers = dict(zip(find_bank(model).names, adapted_layers(model), strict=True))
+    if not layers or not all(layer.merged for layer in layers.values()):
+        raise ValueError(
+            "expected a merged model, got an unmerged one; call igulora.merge(model) first, or a PEFT model's merge_adapter()"
+        )
+    return {name: layer.merge_error for name, layer in layers.items()}
 
 
 @torch.no_grad()
-def _warn_of_loss(names: dict[str, AdaptedLayer]) -> None:
+def warn_of_loss(names: Mapping[str, Any], stacklevel: int = 3) -> None:
+    """Say how much of the updates is lost in quantised weights, if any: of merged layers by their names."""
     lossy = {name: layer for name, layer in names.items() if layer.merge_error > 0.0}
     if not lossy:
         return
@@ -229,12 +244,12 @@ def _warn_of_loss(names: dict[str, AdaptedLayer]) -> None:
     size = float(layer.base.dense().float().norm())
     share = float(layer.delta_weight().norm()) / size if size else 0.0
     warnings.warn(
-        f"igulora.merge quantised {len(lossy)} weights anew, which keeps an update only as far as it is coarser than what the weight can "
+        f"merging quantised {len(lossy)} weights anew, which keeps an update only as far as it is coarser than what the weight can "
         f"hold: errors of up to {layer.merge_error:.0%} of the update ({worst}, {layer.base.kind}; the update is {share:.2%} of the "
         "weight). igulora.merge_errors(model) has all. The adapter beside the unmerged model, or merged into the unquantised one, loses "
         "nothing",
         MergeWarning,
-        stacklevel=3,
+        stacklevel=stacklevel,
     )
 
 

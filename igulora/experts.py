@@ -12,7 +12,8 @@ from .bases import Base, describe
 from .config import IGUConfig
 from .context import PathContext
 from .errors import nearest
-from .layers import AdaptedLayer, LinearAdapter
+from .kinds import LinearAdapter
+from .layers import AdaptedLayer
 
 # The parameters of the contract that transformers' ``use_experts_implementation`` gives a module of experts, and the flags it sets.
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .bases import Conv1DBase, Conv2dBase, EmbeddingBase, describe
 from .experts import ExpertBase
 from .files import put_json, put_tensors
 from .folders import save_whole
+from .kinds import Conv2dAdapter
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from .saved_adapter import filters_of, kinds_of
 from .unwrap import unwrap
@@ -46,6 +48,9 @@ def export_peft(
     ``alpha_pattern`` carry the rank of each; modules of rank 0 are left out. Experts of 3-D parameters, for which PEFT knows one rank,
     are padded to the largest among them.
 
+    PEFT's LoRA leaves a convolution's dilation and padding mode out: adapters of such layers are right once merged there
+    (``merge_and_unload``), and a model's export warns of them.
+
     Args:
         source: an adapted model, or an adapter folder of :func:`igulora.save_adapter`.
         directory: folder to write into; made when missing.
@@ -60,6 +65,7 @@ def export_peft(
     if isinstance(source, nn.Module):
         source = unwrap(source)
         content = _from_model(source)
+        _warn_of_convolutions(source)
         base_model = base_model or getattr(getattr(source, "config", None), "_name_or_path", None)
         task_type = _task_type(unwrapped(source))
     else:
@@ -140,6 +146,21 @@ def _from_model(model: nn.Module) -> _Content:
     for name, saved in whole.items():
         content.names |= {f"{name}.{n}" for n, _ in saved.trained.named_modules() if n}
     return content
+
+
+def _warn_of_convolutions(model: nn.Module) -> None:
+    bank = find_bank(model)
+    other = [
+        name
+        for name, layer in zip(bank.names, bank.layers, strict=True)
+        if isinstance(layer, Conv2dAdapter) and (layer.padding_mode != "zeros" or set(layer.dilation) != {1})
+    ]
+    if other:
+        warnings.warn(
+            f"PEFT's LoRA runs convolutions without their dilation and padding mode: what is exported of {', '.join(other)} is right only "
+            "once merged (model.merge_and_unload())",
+            stacklevel=3,
+        )
 
 
 def _is_inside(name: str, outer: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Adapted layers: FusedSVDLinear, FusedSVDEmbedding, FusedSVDConv2d; and LinearAdapter, triplets whose base layer is kept elsewhere."""
+"""Adapted layers, with their base in them: FusedSVDLinear, FusedSVDEmbedding, FusedSVDConv2d."""
 
 from __future__ import annotations
 
@@ -8,57 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, pad
 
 from .adapter import SVDAdapter
 from .bases import Base, Conv2dBase, EmbeddingBase, describe, is_plain_product
-from .kernels import svd_conv, svd_embed, svd_linear, svd_update
-from .shared import Taken
+from .kinds import Conv2dAdapter, EmbeddingAdapter, LayerAdapter, LinearAdapter
 from .unwrap import placed_as
 
 
-class LinearAdapter(SVDAdapter):
-    """The triplets of a linear layer: of any module that maps (..., in) to (..., out) by a product with its weight."""
-
-    reads_features = True
-
-    def call(self, base: nn.Module, x: Tensor, fused: bool, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """``base(x)`` plus the update; in one operator call where ``fused``, that is where the base is a plain product (:class:`Base`).
-
-        Inside a path pass alpha and the rows' destinations come from the shared context.
-
-        Args:
-            run: what to call for ``base(x)``; the base itself by default.
-        """
-        run = base if run is None else run
-        if self.merged or not self.context.enabled:
-            return run(x)
-        if not fused:
-            return self.add_to(run(x), x)
-        x, options = self._operands(x)
-        alpha = self.context.alpha
-        return svd_linear(x, base.weight, base.bias, *self.factors(), self.mask, alpha, **options)
-
-    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """The update of ``x`` added to ``y``, a base's output for it, which may be overwritten."""
-        x, options = self._operands(x)
-        return svd_update(y, x, *self.factors(), self.mask, self.context.alpha, **options)
-
-    def _operands(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        self.check_stepped()
-        taken = Taken(x) if self.shared is None else self.shared.take(self, x)
-        recipe = taken.recipe
-        if taken.S is None and self.recompute is not None:
-            recipe = self.recompute.of(x)
-        options = self.rows()
-        options["dropout_p"] = self.dropout
-        options["seed"] = self.dropout_seed(x) if taken.S is None else taken.seed
-        options["S"] = taken.S
-        options["again"] = None if recipe is None else recipe.hold()
-        return taken.x, options
-
-
-class AdaptedLayer(SVDAdapter):
+class AdaptedLayer(LayerAdapter):
     """What adapted layers of all kinds share: the base layer, whose own tensors are used, frozen, never copied.
 
     Args:
@@ -79,12 +36,7 @@ class AdaptedLayer(SVDAdapter):
     _before: Any = None  # what was in the weight, while merged into a quantised one
 
     def __init__(self, found: Base, r: int, **options: Any) -> None:
-        obstacle = found.obstacle()
-        if obstacle is not None:
-            raise ValueError(f"expected a layer that can be adapted, got {found.kind} of which {obstacle}")
-        super().__init__(
-            found.in_features, found.out_features, r, device=found.device, dtype=found.master_dtype, **options
-        )
+        super().__init__(found, r, **options)
         self.base_layer = found.module.requires_grad_(False)
 
     @property
@@ -194,20 +146,7 @@ class FusedSVDLinear(AdaptedLayer, LinearAdapter):
         return self.call(self.base_layer, x, fused=False, run=self.base.run)
 
 
-class _GivenS(AdaptedLayer):
-    """An adapted layer whose S is no product with an input (..., in): an operator of its own makes it."""
-
-    def _parts(self) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any], dict[str, Any]]:
-        """P, lambda and Q; what the operator that makes S is told of the pass under way; and what the one that adds the update is."""
-        self.check_stepped()
-        P, E, Q = self.factors()
-        update = self.rows()
-        rows = {key: update[key] for key in ("train_groups", "path_start", "path_weight")}
-        rows["path_Q"] = None if update["path"] is None else update["path"][2]
-        return (P, E, Q), rows, update
-
-
-class FusedSVDEmbedding(_GivenS):
+class FusedSVDEmbedding(AdaptedLayer, EmbeddingAdapter):
     """``y = W0[ids] + alpha s ((Q[:, ids]^T) * (m * lambda)) P``: an embedding as a product with rows of the identity (ALGORITHMS 1).
 
     Parameters: ``lora_P (r, dimension)``, ``lora_E (r,)`` (lambda), ``lora_Q (r, number of ids)``, float32; buffer ``mask (r,)``. An
@@ -230,21 +169,6 @@ class FusedSVDEmbedding(_GivenS):
         if not isinstance(found, EmbeddingBase):
             raise TypeError(f"expected an nn.Embedding, got {type(base).__name__}")
         super().__init__(found, r, **options)
-        self.factor = found.factor
-        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
-        self.padding_idx = base.padding_idx
-        self._keep_padding()
-
-    def reset_parameters(self, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`SVDAdapter.reset_parameters`, the padding id's column at zero."""
-        super().reset_parameters(*args, **kwargs)
-        self._keep_padding()
-
-    @torch.no_grad()
-    def _keep_padding(self) -> None:
-        padding_idx = getattr(self, "padding_idx", None)  # not known yet at the first start
-        if padding_idx is not None:
-            self.lora_Q[:, padding_idx] = 0
 
     @property
     def bias(self) -> None:
@@ -256,13 +180,10 @@ class FusedSVDEmbedding(_GivenS):
         y = self.base_layer(ids)
         if self.merged or not self.context.enabled:
             return y
-        (P, E, Q), rows, update = self._parts()
-        update["scale"] *= self.factor
-        S = svd_embed(ids, Q, self.context.alpha, dtype=y.dtype, padding_idx=self.padding_idx, **rows)
-        return svd_update(y, None, P, E, Q, self.mask, self.context.alpha, S=S, **update)
+        return self.add_to(y, ids)
 
 
-class FusedSVDConv2d(_GivenS):
+class FusedSVDConv2d(AdaptedLayer, Conv2dAdapter):
     """``y = conv2d(x, W0) + b + alpha s (conv2d(dropout(x), Q) * (m * lambda)) P``: r filters, then a 1x1 convolution (ALGORITHMS 1).
 
     Parameters: ``lora_P (r, out channels)``, ``lora_E (r,)`` (lambda), ``lora_Q (r, in channels * kernel height * kernel width)``,
@@ -283,50 +204,13 @@ class FusedSVDConv2d(_GivenS):
         if not isinstance(found, Conv2dBase):
             raise TypeError(f"expected an nn.Conv2d, got {type(base).__name__}")
         super().__init__(found, r, **options)
-        self.in_channels, self.out_channels, self.groups = base.in_channels, base.out_channels, base.groups
-        self.kernel_size, self.stride, self.padding = base.kernel_size, base.stride, base.padding
-        self.dilation, self.padding_mode = base.dilation, base.padding_mode
-        self._zeros, self._border = _padding(base)
 
     def forward(self, x: Tensor) -> Tensor:
         """(images, in channels, height, width) -> (images, out channels, height, width), or both without images."""
         y = self.base_layer(x)
         if self.merged or not self.context.enabled:
             return y
-        (P, E, Q), rows, update = self._parts()
-        alpha = self.context.alpha
-        dropped = dropout(x.to(y.dtype), self.dropout, self.training)
-        if self._border:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            dropped = pad(dropped, self._border, mode=mode)
-        batched = dropped if dropped.ndim == 4 else dropped.unsqueeze(0)
-        S = svd_conv(
-            batched,
-            Q,
-            alpha,
-            kernel=self.kernel_size,
-            stride=self.stride,
-            padding=self._zeros,
-            dilation=self.dilation,
-            **rows,
-        )
-        # In a tensor of its own: y lies with its channels first, and its strides are the model's to choose.
-        term = y.new_zeros((*S.shape[:-1], self.out_channels))
-        term = svd_update(term, None, P, E, Q, self.mask, alpha, S=S.flatten(0, -2), **update)
-        return y + term.permute(0, 3, 1, 2).reshape(y.shape)
-
-
-def _padding(base: nn.Conv2d) -> tuple[tuple[int, int], list[int]]:
-    """(zeros on both sides of height and width, what to pad beforehand: left, right, top, bottom) of a convolution."""
-    if base.padding == "valid":
-        return (0, 0), []
-    if isinstance(base.padding, str):  # "same": one more on the far side where the kernel reaches over an odd number
-        spans = [d * (k - 1) for d, k in zip(base.dilation, base.kernel_size, strict=True)]
-    else:
-        spans = [2 * p for p in base.padding]
-    if base.padding_mode == "zeros" and not any(span % 2 for span in spans):
-        return (spans[0] // 2, spans[1] // 2), []
-    return (0, 0), [side for span in reversed(spans) for side in (span // 2, span - span // 2)]
+        return self.add_to(y, x)
 
 
 _LAYERS: dict[type[Base], Callable[..., AdaptedLayer]] = {EmbeddingBase: FusedSVDEmbedding, Conv2dBase: FusedSVDConv2d}

@@ -36,7 +36,8 @@ from .distributed import Processes
 from .files import file_digest, put_json, put_tensors, sealed
 from .fit import check_model, check_same
 from .folders import place, save_whole, settled
-from .layers import AdaptedLayer, FusedSVDConv2d
+from .kinds import Conv2dAdapter
+from .layers import AdaptedLayer
 from .packing import pack
 from .unwrap import unwrap
 
@@ -154,7 +155,7 @@ def filters_of(model: nn.Module) -> dict[str, list[int]]:
     """In channels, height and width of each adapted convolution's filters."""
     bank = find_bank(model)
     pairs = zip(bank.names, bank.layers, strict=True)
-    return {name: list(layer.weight.shape[1:]) for name, layer in pairs if isinstance(layer, FusedSVDConv2d)}
+    return {name: [layer.in_channels, *layer.kernel_size] for name, layer in pairs if isinstance(layer, Conv2dAdapter)}
 
 
 def _check_finite(bank: Bank, others: dict[str, Tensor]) -> None:

@@ -61,6 +61,10 @@ class Base:
         """W as (out, in) numbers; the layer's own storage where that is what it stores."""
         raise NotImplementedError
 
+    def laid_out(self, dense: Tensor) -> Tensor:
+        """A matrix (out, in) in the shape and order in which the layer's weight lies."""
+        return dense
+
     def assign(self, dense: Tensor) -> float:
         """Store W; returns how far the stored numbers are from ``dense`` (Frobenius) beyond rounding to the weight's dtype.
 

@@ -65,6 +65,9 @@ class Conv1DBase(Base):
     def dense(self) -> Tensor:
         return self.module.weight.t()
 
+    def laid_out(self, dense: Tensor) -> Tensor:
+        return dense.t()
+
     def assign(self, dense: Tensor) -> float:
-        self.module.weight.copy_(dense.t())
+        self.module.weight.copy_(self.laid_out(dense))
         return 0.0

@@ -46,8 +46,11 @@ class EmbeddingBase(Base):
     def dense(self) -> Tensor:
         return self.module.weight.t()
 
+    def laid_out(self, dense: Tensor) -> Tensor:
+        return dense.t()
+
     def assign(self, dense: Tensor) -> float:
-        self.module.weight.copy_(dense.t())
+        self.module.weight.copy_(self.laid_out(dense))
         return 0.0
 
 
@@ -77,6 +80,9 @@ class Conv2dBase(Base):
     def dense(self) -> Tensor:
         return self.module.weight.flatten(1)
 
+    def laid_out(self, dense: Tensor) -> Tensor:
+        return dense.reshape(self.module.weight.shape)
+
     def assign(self, dense: Tensor) -> float:
-        self.module.weight.copy_(dense.view(self.module.weight.shape))
+        self.module.weight.copy_(self.laid_out(dense))
         return 0.0

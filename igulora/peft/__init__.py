@@ -4,10 +4,10 @@ A saved adapter names its method, so a fresh process that loads one with ``PeftM
 """
 
 from .config import IGULoraConfig
-from .layer import IGULoraLayer, IGULoraLinear
+from .layer import IGULoraConv2d, IGULoraEmbedding, IGULoraLayer, IGULoraLinear
 from .model import IGULoraModel
 from .registration import register
 
 register(IGULoraConfig, IGULoraModel)
 
-__all__ = ["IGULoraConfig", "IGULoraLayer", "IGULoraLinear", "IGULoraModel"]
+__all__ = ["IGULoraConfig", "IGULoraConv2d", "IGULoraEmbedding", "IGULoraLayer", "IGULoraLinear", "IGULoraModel"]

@@ -11,11 +11,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..adapter import SVDAdapter
-from ..bases import Base, describe, is_plain_product
-from ..bases.linear import Conv1DBase
-from ..layers import LinearAdapter
+from ..bases import Base, Conv2dBase, EmbeddingBase, describe, is_plain_product
+from ..kinds import LinearAdapter, adapter_of
 from ..recompute import Recompute
+from ..unwrap import placed_as
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a batch of several
 
@@ -26,9 +25,15 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: the layer to adapt; its tensors are used as they are, frozen by PEFT.
 
+    Attributes:
+        merge_error: as of :class:`igulora.layers.AdaptedLayer`.
+
     Raises:
         ValueError: no adapter exists for layers of this kind.
     """
+
+    merge_error: float = 0.0
+    _before: Any = None  # what was in the weight, while merged into a quantised one
 
     adapter_layer_names: tuple[str, ...] = ("igu_adapters",)
     other_param_names: tuple[str, ...] = ()
@@ -56,13 +61,10 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
         found = describe(layer)
         if found is None:
             raise ValueError(
-                f"expected target_modules to match linear layers only, got {type(layer).__name__}; "
-                "name linear layers or exclude it with exclude_modules"
+                f"expected a linear layer, an embedding or a convolution, got {type(layer).__name__}; name such layers in target_modules "
+                "or exclude it with exclude_modules"
             )
         return found
-
-    def _new_adapter(self, r: int, **options: Any) -> SVDAdapter:
-        raise NotImplementedError
 
     def update_layer(
         self,
@@ -78,13 +80,13 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or put a fresh one in the place of that name.
 
         Args:
-            r, options: of :class:`igulora.adapter.SVDAdapter`.
+            r, options: of :class:`igulora.kinds.LayerAdapter`.
             scale: factor of the update.
             trained: whether the adapter is to be trained when it is active.
             nonzero: draw lambda from N(0, 1).
             recompute_inputs: as in :class:`igulora.IGUConfig`.
         """
-        adapter: Any = self._new_adapter(r, **options)
+        adapter: Any = adapter_of(self.base, r, **options)
         adapter.scale = scale
         adapter.recompute = Recompute() if recompute_inputs else None
         adapter.train(self.base_layer.training)
@@ -113,8 +115,7 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of the base weight, laid out as that is, in the masters' dtype."""
-        base, delta = self.base, self.igu_adapters[adapter].delta_weight()
-        return delta.t() if isinstance(base, Conv1DBase) else delta
+        return self.base.laid_out(self.igu_adapters[adapter].delta_weight())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """The update is a matrix added to the weight."""
@@ -122,74 +123,94 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates of the adapters (the active ones by default) to the base weight, each rounded once to its dtype.
+        """Add the updates of the adapters (the active ones by default) to the base weight.
+
+        The sum is rounded once to the weight's dtype; a quantised weight is quantised anew from the original one and all that is merged by
+        then, and the original is kept beside it until :meth:`unmerge`.
 
         Raises:
             ValueError: with ``safe_merge``, a sum is not finite (the base weight is what it was), or the weight cannot be written.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.igu_adapters:
-                continue
-            adapter, base = self.igu_adapters[name], self.base
-            merged = base.dense().to(adapter.lora_P.dtype) + adapter.delta_weight()
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(
-                    f"expected finite merged weights, got others: NaNs detected in the merged weights. The adapter {name} seems to be "
-                    "broken; nothing was merged into this layer"
-                )
-            base.assign(merged)
-            adapter.merged = True
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.igu_adapters]
+        if not names:
+            return
+        base = self.base
+        fixed = base.fixed()
+        if fixed is not None:
+            raise ValueError(f"expected a weight that can be written, got {base.kind}: {fixed}")
+        now = base.snapshot()
+        before = now if self._before is None else self._before
+        again = [] if now is None else [name for name in self.merged_adapters if name in self.igu_adapters]
+        updates = {name: self.igu_adapters[name].delta_weight() for name in (*again, *names)}
+        total = sum(updates.values())
+        assert isinstance(total, Tensor)
+        if self._before is not None:
+            base.restore(before)
+        dense = base.dense().to(total.dtype)
+        merged = dense + placed_as(total, dense)
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            if self._before is not None:
+                base.restore(now)
+            broken = [name for name, update in updates.items() if not bool(torch.isfinite(update).all())] or names
+            raise ValueError(
+                "expected finite merged weights, got others: NaNs detected in the merged weights. The adapter "
+                f"{', '.join(broken)} seems to be broken; nothing was merged into this layer"
+            )
+        missed, size = base.assign(merged), float(total.norm())
+        self.merge_error, self._before = missed / size if size else missed, before
+        for name in names:
+            self.igu_adapters[name].merged = True
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged updates out of the base weight again (exact up to rounding of its dtype)."""
+        """Take all merged updates out of the base weight again: bit by bit in quantised weights, else up to rounding of its dtype."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if name in self.igu_adapters:
-                adapter, base = self.igu_adapters[name], self.base
-                base.assign(base.dense().to(adapter.lora_P.dtype) - adapter.delta_weight())
-                adapter.merged = False
+        base = self.base
+        adapters = [self.igu_adapters[name] for name in self.merged_adapters if name in self.igu_adapters]
+        if self._before is not None:
+            base.restore(self._before)
+        elif adapters:
+            dense = base.dense().to(adapters[0].lora_P.dtype)
+            base.assign(dense - placed_as(sum(adapter.delta_weight() for adapter in adapters), dense))
+        for adapter in adapters:
+            adapter.merged = False
+        self.merged_adapters.clear()
+        self.merge_error, self._before = 0.0, None
+
+    def delta_weight(self) -> Tensor:
+        """The sum of the merged updates (out, in)."""
+        return sum(self.igu_adapters[name].delta_weight() for name in self.merged_adapters if name in self.igu_adapters)
 
     def active(self) -> list[Any]:
         """The active adapters that this layer has, in the order in which they are added."""
         return [self.igu_adapters[name] for name in self.active_adapters if name in self.igu_adapters]
 
-    def __repr__(self) -> str:
-        return "igulora." + super().__repr__()
-
-
-class IGULoraLinear(IGULoraLayer):
-    """A linear layer with adapters; the first active one is computed with the base's product in one operator call."""
-
-    def _new_adapter(self, r: int, **options: Any) -> SVDAdapter:
-        base = self.base
-        return LinearAdapter(
-            base.in_features, base.out_features, r, device=base.device, dtype=base.master_dtype, **options
-        )
-
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """(..., in) -> (..., out); with ``adapter_names`` each row of x goes through the adapter named for it."""
+        """The base layer's output and the active updates; with ``adapter_names`` each row of x goes through the adapter named for it."""
         if adapter_names is not None:
             return self._by_row(x, adapter_names, *args, **kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [] if self.disable_adapters or self.merged else self.active()
+        adapters = [] if self.disable_adapters or self.merged else [a for a in self.active() if a.context.enabled]
         if not adapters:
-            return self.base_layer(x, *args, **kwargs)
+            return self._run(x, *args, **kwargs)
         first, *others = adapters
-        if not args and not kwargs:
-            y = first.call(self.base_layer, x, fused=is_plain_product(self.base_layer))
+        if isinstance(first, LinearAdapter) and not args and not kwargs and is_plain_product(self.base_layer):
+            y = first.call(self.base_layer, x, fused=True)
         else:
-            y = self.base_layer(x, *args, **kwargs)
-            others = adapters
+            y = first.add_to(self._run(x, *args, **kwargs), x)
         for adapter in others:
-            if adapter.context.enabled:
-                y = adapter.add_to(y.clone(), x)  # what another operator returned is not written to
+            y = adapter.add_to(y.clone(), x)  # what another operator returned is not written to
         return y
+
+    def _run(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's own forward, with a gradient for x."""
+        if args or kwargs or self.base_layer is not self.get_base_layer():
+            return self.base_layer(x, *args, **kwargs)
+        return self.base.run(x)
 
     def _by_row(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if x.ndim == 2 and len(x) % len(names) == 0:  # some models hand (batch * length, in) to their layers
@@ -202,7 +223,7 @@ class IGULoraLinear(IGULoraLayer):
             raise ValueError(
                 "expected an unmerged model for a batch of several adapters, got a merged one; call unmerge_adapter() first"
             )
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._run(x, *args, **kwargs)
         if self.disable_adapters:
             return y
         for name in dict.fromkeys(names):
@@ -212,6 +233,45 @@ class IGULoraLinear(IGULoraLayer):
             with _alone(self.igu_adapters[name]) as adapter:
                 y = y.index_copy(0, rows, adapter.add_to(y.index_select(0, rows), x.index_select(0, rows)))
         return y
+
+    def __repr__(self) -> str:
+        return "igulora." + super().__repr__()
+
+
+class IGULoraLinear(IGULoraLayer):
+    """A linear layer with adapters, (..., in) -> (..., out); the first active one is computed with a plain base's product in one call."""
+
+
+class IGULoraEmbedding(IGULoraLayer):
+    """An embedding with adapters, ids (...) -> (..., dimension)."""
+
+
+class IGULoraConv2d(IGULoraLayer):
+    """A convolution with adapters, (images, in channels, height, width) -> (images, out channels, height, width)."""
+
+
+_LAYERS: dict[type[Base], type[IGULoraLayer]] = {EmbeddingBase: IGULoraEmbedding, Conv2dBase: IGULoraConv2d}
+
+
+def layer_of(module: nn.Module, name: str) -> IGULoraLayer:
+    """The layer for adapters of ``module``, by its kind.
+
+    Args:
+        name: of the module in the model, for messages.
+
+    Raises:
+        ValueError: no adapter exists for its kind, or this one cannot be adapted (says why).
+    """
+    found = describe(module)
+    if found is None:
+        raise ValueError(
+            "expected target_modules to match linear layers, embeddings and convolutions only, got "
+            f"{name!r} ({type(module).__name__}); name such layers or exclude it with exclude_modules"
+        )
+    obstacle = found.obstacle()
+    if obstacle is not None:
+        raise ValueError(f"expected layers that can be adapted, got {name!r} ({found.kind}): {obstacle}")
+    return _LAYERS.get(type(found), IGULoraLinear)(module)
 
 
 @contextmanager

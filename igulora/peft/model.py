@@ -13,14 +13,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..adapt import keep_layers_called
+from ..adapt import check_mergeable, keep_layers_called, warn_of_loss
 from ..adapter import SVDAdapter
 from ..bank import Bank
 from ..config import IGUConfig
 from ..controller import StepInfo
+from ..unwrap import reshard
 from .banks import Banks, peft_layers
 from .config import IGULoraConfig
-from .layer import BASE, IGULoraLayer, IGULoraLinear
+from .layer import BASE, IGULoraLayer, layer_of
 from .registration import PREFIX
 from .saved import SavedWrapper
 from .stepping import Stepper
@@ -70,6 +71,11 @@ class IGULoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if parameter_name is not None:
+            raise ValueError(
+                f"expected target_modules only, got target_parameters, which name {current_key!r}; PEFT's method adapts modules, and "
+                "igulora.adapt experts that are kept in parameters"
+            )
         if isinstance(target, NonDynamicallyQuantizableLinear):
             raise ValueError(
                 f"expected layers that their parent calls, got {current_key!r}: nn.MultiheadAttention reads its weight directly, so that "
@@ -91,7 +97,7 @@ class IGULoraModel(BaseTuner):
         if isinstance(target, IGULoraLayer):
             target.update_layer(adapter_name, **options)
             return
-        layer = IGULoraLinear(target)
+        layer = layer_of(target, current_key)
         layer._active_adapter = adapter_name
         layer.train(target.training)
         layer.update_layer(adapter_name, **options)
@@ -147,9 +153,39 @@ class IGULoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self.banks.pop(adapter_name, None)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    # -- merging ------------------------------------------------------------------------------------------------------------
+
+    def _about_to_merge(self, adapter_names: list[str] | None) -> dict[str, IGULoraLayer]:
+        """The layers that merging changes, by name; raises before it changes any."""
+        names = set(adapter_names or self.active_adapters)
+        layers = {
+            n: m for n, m in peft_layers(self.model).items() if names & m.igu_adapters.keys() - {*m.merged_adapters}
+        }
+        check_mergeable(self.model, layers)
+        reshard(self.model)
+        return layers
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's; what is lost in quantised weights is told by a ``MergeWarning`` and, layer by layer, by ``igulora.merge_errors``.
+
+        Raises:
+            ValueError: a weight cannot be written, or it is tied to another layer's. Nothing is changed then.
+        """
+        layers = self._about_to_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        warn_of_loss(layers)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        layers = self._about_to_merge(adapter_names) if merge else {}
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         del model.igulora_banks
+        warn_of_loss(layers, stacklevel=4)
         return model
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:

@@ -74,14 +74,18 @@ def test_a_copied_controller_allows_as_many_micro_batches_as_its_original(config
 
 
 def test_a_copy_that_nobody_steps_is_stopped_as_its_original_is(config) -> None:
+    batch = block_batches(1)[0]
+
+    def plain_loop(model: nn.Module) -> None:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(12):
+            block_loss(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
     for twin in (copy.deepcopy(igulora.adapt(Block(), config())), through_file(igulora.adapt(Block(), config()))):
-        optimizer = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
-        batch = block_batches(1)[0]
         with pytest.raises(ValueError, match="expected an igulora.Controller"):
-            for _ in range(12):
-                block_loss(twin, batch).backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            plain_loop(twin)
 
 
 def test_passes_that_leave_layers_out_are_counted(config) -> None:

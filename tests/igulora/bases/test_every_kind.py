@@ -203,6 +203,7 @@ def test_disabled_adapters_leave_the_base(case: Case) -> None:
         assert torch.equal(model(x), case.build()(x))
 
 
+@pytest.mark.filterwarnings("ignore:PEFT's LoRA runs convolutions:UserWarning")
 def test_exported_factors_are_the_update(case: Case, tmp_path) -> None:
     from safetensors.torch import load_file
 

@@ -86,8 +86,10 @@ def test_a_callback_suffices_for_adalora(build: Any, tmp_path: Path) -> None:
     stock.train()
     bank = igulora.find_bank(stock.model)
     assert bank.mask.sum() == bank.triplets // 2
-    again = build(transformers.Trainer, callbacks=[IGUCallback()], method="adalora", output_dir=str(tmp_path / "again"))
-    again.train(resume_from_checkpoint=str(tmp_path / "stock" / "checkpoint-12"))
+    checkpoint = str(tmp_path / "stock" / "checkpoint-12")
+    callback = IGUCallback(resume_from=checkpoint)
+    again = build(transformers.Trainer, callbacks=[callback], method="adalora", output_dir=str(tmp_path / "again"))
+    again.train(resume_from_checkpoint=checkpoint)
     assert losses(again) == losses(stock)
 
 
