@@ -102,8 +102,8 @@ class Controller:
         process_group: ProcessGroup | None = None,
         joint_mean: bool = False,
     ) -> None:
-        if accumulation_steps < 1:
-            raise ValueError(f"expected accumulation_steps >= 1, got {accumulation_steps}")
+        if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+            raise ValueError(f"expected accumulation_steps to be an int >= 1, got {accumulation_steps!r}")
         check_wrappers(model)
         check_averaged(model)
         self._ddp = find_ddp(model)

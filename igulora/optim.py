@@ -32,8 +32,8 @@ def param_groups(
     Raises:
         ValueError: the model is not adapted, ``lr`` is not positive, or ``lambda_lr_ratio`` negative.
     """
-    if lr <= 0:
-        raise ValueError(f"expected a learning rate lr > 0, got {lr}")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr <= 0:
+        raise ValueError(f"expected a learning rate lr > 0, got {lr!r}")
     model = unwrap(model)
     bank = find_bank(model)
     lambda_lr_ratio = _ratio(model, lambda_lr_ratio)

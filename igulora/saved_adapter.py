@@ -34,7 +34,7 @@ from .controller import Controller
 from .controller_state import check_controller_state
 from .distributed import Processes
 from .files import file_digest, put_json, put_tensors, sealed
-from .fit import check_model, check_same
+from .fit import check_model, check_options, check_same
 from .folders import place, save_whole, settled
 from .kinds import Conv2dAdapter
 from .layers import AdaptedLayer
@@ -235,13 +235,15 @@ def restore_adapter(model: nn.Module, directory: str | Path, controller: Control
 
     Raises:
         FileNotFoundError, ValueError: the folder is incomplete or damaged, the adapter is another one, or ``controller`` is given and the
-            folder holds no state of one.
+            folder holds no state of one, or that of a run with other options.
     """
     directory = Path(directory)
 
     def read() -> tuple[AdapterFile, dict[str, Any] | None]:
         description = describe_folder(directory)
         check_same(description, model)
+        if controller is not None:
+            check_options(description, model, controller)
         modules, saved = read_modules(description)
         state = None if controller is None else controller_state(description, controller)
         return AdapterFile(description.config, modules, saved, description.meta, {}), state

@@ -83,6 +83,12 @@ def find_targets(model: nn.Module, config: IGUConfig, saved: list[str]) -> list[
             f'expected target_modules to be "all-linear", a regular expression or a list of names, got {wanted!r}'
         )
     modules = {name: module for name, module in model.named_modules() if name}
+    for ending in config.exclude_modules:
+        if not any(_ends_with(n, ending) for n in modules):
+            raise ValueError(
+                f"expected exclude_modules to name modules of the model, got {ending!r}, which matches none."
+                f"{nearest(ending, {n.split('.')[-1] for n in modules})}"
+            )
     inside_saved = [n for n in modules if any(n == s or n.startswith(s + ".") for s in saved)]
     excluded = {n for n in modules for e in config.exclude_modules if _ends_with(n, e)} | set(inside_saved)
     tied, head = tied_weights(model), _output_head(model)

@@ -272,3 +272,8 @@ def test_adapters_disabled_is_the_base_and_nests(net, config) -> None:
             raise KeyError
         assert torch.equal(model(x), base)
     assert torch.equal(model(x), adapted)
+
+
+def test_a_misspelt_exclusion_is_named(net, config) -> None:
+    with pytest.raises(ValueError, match="expected exclude_modules to name modules of the model, got 'haed'.*'head'"):
+        igulora.adapt(net(), config(exclude_modules=["haed"]))

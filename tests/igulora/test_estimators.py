@@ -310,3 +310,25 @@ def test_only_mixed_micro_batches_have_a_joint_loss() -> None:
         assert (float(loss) == pytest.approx(alone, rel=1e-6)) is not ctl.last_loss_is_joint
         ctl.step()
     assert found == [True, False, True, False]
+
+
+def test_path_rows_without_a_label_are_no_fault_of_the_loss() -> None:
+    """The mean over no terms is NaN: the first mixed batches of such data say nothing of the loss, and sample nothing wrong."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9))
+    options = igulora.IGUConfig(r=2, total_steps=40, window=2, ig_every=1, ig_fraction=0.25, init_lambda=0.5)
+    igulora.adapt(model, options)
+    controller = igulora.Controller(model)
+
+    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch["ids"]).transpose(1, 2), batch["labels"], ignore_index=-100)
+
+    ids = torch.randint(9, (4, 5))
+    labels = ids.clone()
+    labels[:2] = -100
+    for _ in range(12):  # whichever row is drawn
+        controller.backward(loss, {"ids": ids, "labels": labels})
+        controller.step()
+        assert model[1].lora_Q.grad.isfinite().all()
+        assert controller.bank.path.isfinite().all()
+    assert controller.importance.updates == 6
