@@ -14,7 +14,7 @@ from .bank import Bank, find_bank, find_config
 from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
 from .controller_state import check_controller_state
-from .distributed import Processes, check_averaged, check_synced
+from .distributed import Processes, check_averaged, check_synced, find_averaging
 from .errors import nearest
 from .importance import Importance
 from .kernels import orthogonality_grad_
@@ -320,7 +320,7 @@ class Controller:
             ValueError: an allocation is due and there are too few score updates.
         """
         bank, config = self.bank, self.config
-        check_synced(self.model)
+        check_synced(self.model, bank.context.unstepped)
         bank.refresh()
         self._follow_device()
         micro_batches = max(bank.context.unstepped, 1)
@@ -413,3 +413,6 @@ class Controller:
         if pending is not None:
             bank.context.unstepped = pending["unstepped"]
             self._regularised, self._ran_backward = pending["regularised"], pending["ran_backward"]
+            averaging = find_averaging(self.model)
+            if averaging is not None:
+                averaging.averaged = True  # save_checkpoint did it with what it saved

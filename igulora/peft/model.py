@@ -18,6 +18,7 @@ from ..adapter import SVDAdapter
 from ..bank import Bank
 from ..config import IGUConfig
 from ..controller import StepInfo
+from ..distributed import stop_averaging
 from .banks import Banks, peft_layers
 from .config import IGULoraConfig
 from .layer import BASE, IGULoraLayer, IGULoraLinear
@@ -149,6 +150,7 @@ class IGULoraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
+        stop_averaging(model)
         del model.igulora_banks
         return model
 
