@@ -14,7 +14,7 @@ from .bank import Bank, find_bank, find_config
 from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
 from .controller_state import check_controller_state
-from .distributed import Processes, check_averaged, check_synced, find_averaging
+from .distributed import check_averaged, check_synced, find_averaging, find_processes
 from .errors import nearest
 from .importance import Importance
 from .kernels import orthogonality_grad_
@@ -73,8 +73,8 @@ class Controller:
         trace: adapted modules whose series of y_t, running mean, deviation and SNR_t are recorded (IGU-LoRA figure 7), or "all".
         loss_terms: ``batch -> (batch,)`` number of terms each sequence adds to the mean loss; by default read from the labels
             (:func:`igulora.batches.count_loss_terms`). Needed for mixed batches of models that count otherwise.
-        process_group: the processes that train this model on batches of their own; DistributedDataParallel's where ``model`` is one, else
-            all there are.
+        process_group: the processes that train this model on batches of their own; DistributedDataParallel's where ``model`` is one, those
+            that :mod:`igulora.distributed` averages its gradients over, else all there are.
         joint_mean: for batches of different sizes. DistributedDataParallel gives the batch of every process the same weight, and so path
             samples are averaged; with ``joint_mean`` losses and samples are weighed by their loss terms, so that gradients and scores are
             those of one process that has all the rows. Costs one all-reduce of a number per micro-batch.
@@ -117,9 +117,9 @@ class Controller:
                 raise ValueError(
                     f"expected trace to name adapted modules, got {name!r}.{nearest(name, self.bank.names)}"
                 )
-        self.processes = Processes(
-            self._ddp.process_group if process_group is None and self._ddp is not None else process_group
-        )
+        if process_group is None and self._ddp is not None:
+            process_group = self._ddp.process_group
+        self.processes = find_processes(model, process_group)
         _ = self.processes.rank  # raises where this process is not among them
         self.passes = PathPasses(model, self.bank, self.config, loss_terms, self.processes)
         self.joint_mean = joint_mean

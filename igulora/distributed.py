@@ -51,6 +51,11 @@ class Processes:
             )
         return rank
 
+    @property
+    def members(self) -> list[int]:
+        """Their numbers among all processes."""
+        return dist.get_process_group_ranks(self.group) if dist.is_available() and dist.is_initialized() else [0]
+
     def __deepcopy__(self, _memo: dict[int, Any]) -> Processes:
         return self  # a process group cannot be copied
 
@@ -192,6 +197,23 @@ def find_averaging(model: nn.Module) -> _Averaging | None:
     averaging = vars(keeper(model)).get("igulora_averaging")
     # A pickle of one process's model, opened by several.
     return None if averaging is None or (averaging.alone and averaging.processes.count > 1) else averaging
+
+
+def find_processes(model: nn.Module, group: dist.ProcessGroup | None) -> Processes:
+    """Those of ``group``; by default those that the model's gradients are averaged over, or all.
+
+    Raises:
+        ValueError: the gradients are averaged over others.
+    """
+    averaging, asked = find_averaging(model), Processes(group)
+    if averaging is None:
+        return asked
+    if group is not None and asked.members != averaging.processes.members:
+        raise ValueError(
+            f"expected the process group that gradients are averaged over, processes {averaging.processes.members}, got one of processes "
+            f"{asked.members}; leave process_group out, or give it to igulora.distributed.replicate(model, group) too"
+        )
+    return averaging.processes
 
 
 def stop_averaging(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import sys
 from collections.abc import Callable
@@ -129,6 +130,30 @@ def failures() -> dict[str, Tensor]:
     return {"after a failure": weight}
 
 
+def groups() -> dict[str, Tensor]:
+    """The Controller's processes are those that gradients are averaged over; one process alone may copy its model."""
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    model = igulora.adapt(Model(), igulora.IGUConfig(**OPTIONS))
+    distributed.replicate(model, alone)
+    ctl = igulora.Controller(model)
+    assert ctl.processes.count == 1
+    with pytest.raises(ValueError, match="expected the process group that gradients are averaged over"):
+        igulora.Controller(model, process_group=dist.group.WORLD)
+    igulora.Controller(model, process_group=alone)
+    twin, again = copy.deepcopy((model, ctl))
+    assert again.processes.group is alone
+    x = torch.full((4, 8), 1.0 + dist.get_rank())
+    again.backward(twin, x)
+    again.step()
+    assert not any(p.grad.any() for p in ctl.bank.layers[0].parameters() if p.grad is not None)
+
+    both = adapted()
+    assert igulora.Controller(both, process_group=dist.group.WORLD).processes.count == 2
+    with pytest.raises(TypeError, match="expected a model of one process to copy"):
+        copy.deepcopy(both)
+    return {}
+
+
 def peft() -> dict[str, Tensor]:
     """Whichever of PEFT's three modules is asked, the answer is the same."""
     from peft import get_peft_model
@@ -156,7 +181,7 @@ def main(folder: Path) -> None:
     """Run all; what both processes should hold alike lies in FOLDER/<rank>.safetensors."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    tensors = {**outputs(), **failures(), **peft()}
+    tensors = {**outputs(), **failures(), **groups(), **peft()}
     save_file({k: v.detach().clone() for k, v in tensors.items()}, folder / f"{dist.get_rank()}.safetensors")
     dist.destroy_process_group()
 
