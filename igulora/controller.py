@@ -173,6 +173,11 @@ class Controller:
         return self.allocator.schedule.phase(self.global_step) if self.config.adaptive else "final"
 
     @property
+    def inside_step(self) -> bool:
+        """Whether :meth:`backward` was called since the last :meth:`step`."""
+        return self._ran_backward
+
+    @property
     def last_loss_is_joint(self) -> bool:
         """Whether the last loss that :meth:`backward` returned counts path rows too (a mixed batch): not one to plot beside the others."""
         return self.passes.mixed

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import igulora
 from igulora import distributed
+from igulora.checkpoint import load_checkpoint, save_checkpoint
 
 OPTIONS: dict[str, Any] = {
     "r": 4, "target_rank": 2, "total_steps": 24, "t_init": 8, "t_final": 6, "window": 2, "init_lambda": 0.1,
@@ -154,6 +155,32 @@ def groups() -> dict[str, Tensor]:
     return {}
 
 
+def checkpoints(folder: Path) -> dict[str, Tensor]:
+    """Saved inside a step of which the processes have counted different numbers of passes."""
+    config = igulora.IGUConfig(**{**OPTIONS, "path_pass": "separate"})
+
+    def start() -> tuple[nn.Module, igulora.Controller, torch.optim.Optimizer]:
+        model = distributed.replicate(igulora.adapt(Model(), config))
+        return model, igulora.Controller(model, accumulation_steps=2), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    model, ctl, optimizer = start()
+    x = torch.full((4, 8), 1.0 + dist.get_rank())
+    with distributed.no_sync(model):
+        ctl.backward(model, x)
+    ctl.bank.context.unstepped = dist.get_rank()  # what a process counts whose first layer was not called
+    save_checkpoint(folder / "checkpoint", model, optimizer, ctl)
+    assert ctl.bank.grad.any()
+    other, ctl, optimizer = start()
+    load_checkpoint(folder / "checkpoint", other, optimizer, ctl)
+    assert ctl.bank.context.unstepped == 1
+    ctl.bank.bind_grads()
+    grad = ctl.bank.grad.clone()
+    assert torch.equal(grad, igulora.find_bank(model).grad)
+    optimizer.step()
+    ctl.step()  # its gradients were averaged before
+    return {"saved gradient": grad, "saved": ctl.bank.weight}
+
+
 def peft() -> dict[str, Tensor]:
     """Whichever of PEFT's three modules is asked, the answer is the same."""
     from peft import get_peft_model
@@ -181,7 +208,7 @@ def main(folder: Path) -> None:
     """Run all; what both processes should hold alike lies in FOLDER/<rank>.safetensors."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    tensors = {**outputs(), **failures(), **groups(), **peft()}
+    tensors = {**outputs(), **failures(), **groups(), **checkpoints(folder), **peft()}
     save_file({k: v.detach().clone() for k, v in tensors.items()}, folder / f"{dist.get_rank()}.safetensors")
     dist.destroy_process_group()
 
