@@ -90,7 +90,8 @@ class Controller:
 
     Raises:
         ValueError: the model is not adapted, or wrapped by something that takes its adapters apart (says what to use), a traced name is
-            unknown, pruning would start before three score updates, or a mixed batch is asked of a model whose rows influence each other.
+            unknown, ``process_group`` is not that of the model's averaged gradients, pruning would start before three score updates, or a
+            mixed batch is asked of a model whose rows influence each other.
     """
 
     def __init__(

@@ -101,8 +101,9 @@ class _Averaging:
     """Averages the gradients of replicated parameters over the processes at the end of each backward pass of a model.
 
     The end is asked for by the gradient of the model's output, which every process has whatever its rows need; and by gradients of trained
-    parameters, which also come where a part of the model was called or the output could not be looked into. A model of one process has
-    nothing to average: only what belongs to it is known then.
+    parameters, which also come where a part of the model was called or the output could not be looked into. There every process has to
+    reach a trained parameter in each backward pass: one that reaches none leaves the others waiting. A model of one process has nothing to
+    average: only its process group is kept then.
     """
 
     def __init__(self, model: nn.Module, processes: Processes) -> None:
