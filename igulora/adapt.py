@@ -14,6 +14,7 @@ from .bank import Bank, base_model, find_bank
 from .bases import Base
 from .config import IGUConfig
 from .context import PathContext
+from .distributed import stop_averaging
 from .errors import MergeWarning, nearest
 from .experts import AdaptedExperts, ExpertLinear, ExpertSlice, bases_of, find_slices, wrap_experts
 from .layers import AdaptedLayer, wrap
@@ -288,9 +289,7 @@ def remove(model: nn.Module) -> nn.Module:
         if isinstance(saved, SavedModule):
             swaps[id(saved)] = saved.module.requires_grad_(False) if merged else saved.original
     _replace(model, swaps)
-    averaging = vars(model).pop("igulora_averaging", None)
-    if averaging is not None:
-        averaging.stop()
+    stop_averaging(model)
     del model.igulora_bank
     del model.igulora_config
     return model

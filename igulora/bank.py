@@ -7,9 +7,10 @@ come last. Triplets are numbered by module, then row; the row table maps every s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from .kernels.importance import row_table
 from .kernels.orthogonality import work_table
 from .shared import share_inputs
 from .unwrap import unwrap
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 _ALIGN = 64  # elements: every region starts on a 256-byte boundary, so that kernels may use 16-byte accesses
 
@@ -125,6 +129,7 @@ class Bank:
         self._epoch = -1
         self._live: Tensor | None = None
         self._path: Tensor | None = None
+        self._on_gradient: Callable[[Tensor], None] | None = None
         self.repack()
 
     # -- storage ------------------------------------------------------------------------------------------------------
@@ -203,10 +208,21 @@ class Bank:
         """Gradient hooks on one parameter of every layer count training backward passes (the guard against a forgotten step)."""
         for handle in getattr(self, "_hooks", ()):
             handle.remove()
-        trained = [next((p for p in layer.parameters(recurse=False) if p.requires_grad), None) for layer in self.layers]
-        watched = [p for layer, p in zip(self.layers, trained, strict=True) if p is not None and layer.r]
-        counters = self.context.watch(len(watched))
-        self._hooks = [p.register_post_accumulate_grad_hook(count) for p, count in zip(watched, counters, strict=True)]
+        trained = [
+            next((p for p in (layer.lora_E, layer.lora_P, layer.lora_Q) if p.requires_grad and p.numel()), None)
+            for layer in self.layers
+        ]
+        watched = [p for p in trained if p is not None]
+        hooks = list(zip(watched, self.context.watch(len(watched)), strict=True))
+        if self._on_gradient is not None:
+            hooks += [(p, self._on_gradient) for p in watched]
+        self._hooks: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(hook) for p, hook in hooks]
+
+    def on_gradient(self, hook: Callable[[Tensor], None] | None) -> None:
+        """Call ``hook`` in every backward pass, once per layer that it reaches; None ends that."""
+        if self._on_gradient != hook:
+            self._on_gradient = hook
+            self._watch_backward()
 
     def _view(self, flat: Tensor, s: _Slice) -> Tensor:
         part = flat[s.offset : s.offset + s.rows * s.length]
@@ -320,6 +336,7 @@ class Bank:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._on_gradient = None
         self._epoch = -1  # not packed yet: the layers may still be incomplete while a copy is under way
 
 

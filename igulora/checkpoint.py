@@ -60,7 +60,10 @@ def save_checkpoint(
     """
     directory, model, processes = Path(directory), unwrap(model), controller.processes
     controller.passes.reduce_window()
-    if processes.count > 1 and find_bank(model).context.unstepped:
+    context = find_bank(model).context
+    # Each process counts the passes that reached its first layer, and all have to take part in the reduction if one does.
+    context.unstepped = max(processes.gather(max(context.unstepped, int(controller.inside_step))))
+    if processes.count > 1 and context.unstepped:
         average_gradients(model, processes)
     drawn: dict[str, Tensor] = {}
     random = processes.gather((random_state(drawn), drawn))

@@ -14,7 +14,7 @@ from .bank import Bank, find_bank, find_config
 from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
 from .controller_state import check_controller_state
-from .distributed import Processes, check_averaged, check_synced
+from .distributed import check_averaged, check_synced, find_averaging, find_processes
 from .errors import nearest
 from .importance import Importance
 from .kernels import orthogonality_grad_
@@ -73,8 +73,8 @@ class Controller:
         trace: adapted modules whose series of y_t, running mean, deviation and SNR_t are recorded (IGU-LoRA figure 7), or "all".
         loss_terms: ``batch -> (batch,)`` number of terms each sequence adds to the mean loss; by default read from the labels
             (:func:`igulora.batches.count_loss_terms`). Needed for mixed batches of models that count otherwise.
-        process_group: the processes that train this model on batches of their own; DistributedDataParallel's where ``model`` is one, else
-            all there are.
+        process_group: the processes that train this model on batches of their own; DistributedDataParallel's where ``model`` is one, those
+            that :mod:`igulora.distributed` averages its gradients over, else all there are.
         joint_mean: for batches of different sizes. DistributedDataParallel gives the batch of every process the same weight, and so path
             samples are averaged; with ``joint_mean`` losses and samples are weighed by their loss terms, so that gradients and scores are
             those of one process that has all the rows. Costs one all-reduce of a number per micro-batch.
@@ -90,7 +90,8 @@ class Controller:
 
     Raises:
         ValueError: the model is not adapted, or wrapped by something that takes its adapters apart (says what to use), a traced name is
-            unknown, pruning would start before three score updates, or a mixed batch is asked of a model whose rows influence each other.
+            unknown, ``process_group`` is not that of the model's averaged gradients, pruning would start before three score updates, or a
+            mixed batch is asked of a model whose rows influence each other.
     """
 
     def __init__(
@@ -117,9 +118,9 @@ class Controller:
                 raise ValueError(
                     f"expected trace to name adapted modules, got {name!r}.{nearest(name, self.bank.names)}"
                 )
-        self.processes = Processes(
-            self._ddp.process_group if process_group is None and self._ddp is not None else process_group
-        )
+        if process_group is None and self._ddp is not None:
+            process_group = self._ddp.process_group
+        self.processes = find_processes(model, process_group)
         _ = self.processes.rank  # raises where this process is not among them
         self.passes = PathPasses(model, self.bank, self.config, loss_terms, self.processes)
         self.joint_mean = joint_mean
@@ -171,6 +172,11 @@ class Controller:
     def phase(self) -> str:
         """ "warmup", "pruning" or "final"; a method that never prunes stays in "final"."""
         return self.allocator.schedule.phase(self.global_step) if self.config.adaptive else "final"
+
+    @property
+    def inside_step(self) -> bool:
+        """Whether :meth:`backward` was called since the last :meth:`step`."""
+        return self._ran_backward
 
     @property
     def last_loss_is_joint(self) -> bool:
@@ -322,7 +328,7 @@ class Controller:
             ValueError: an allocation is due and there are too few score updates.
         """
         bank, config = self.bank, self.config
-        check_synced(self.model)
+        check_synced(self.model, bank.context.unstepped)
         bank.refresh()
         self._follow_device()
         micro_batches = max(bank.context.unstepped, 1)
@@ -416,3 +422,6 @@ class Controller:
         if pending is not None:
             bank.context.unstepped = pending["unstepped"]
             self._regularised, self._ran_backward = pending["regularised"], pending["ran_backward"]
+            averaging = find_averaging(self.model)
+            if averaging is not None:
+                averaging.averaged = True  # save_checkpoint did it with what it saved

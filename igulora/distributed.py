@@ -7,6 +7,8 @@ all-reduce of the flat gradient after each backward pass.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .bank import find_bank
-from .unwrap import unwrap
+from .bank import Bank, find_bank
+from .unwrap import keeper, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,14 @@ class Processes:
                 "expected a process group that this process is in, got another; pass the group of its data-parallel replicas"
             )
         return rank
+
+    @property
+    def members(self) -> list[int]:
+        """Their numbers among all processes."""
+        return dist.get_process_group_ranks(self.group) if dist.is_available() and dist.is_initialized() else [0]
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Processes:
+        return self  # a process group cannot be copied
 
     def mean_(self, flat: Tensor) -> Tensor:
         """The mean over the processes, in place: one all-reduce, none where there is one process."""
@@ -87,46 +98,136 @@ class Processes:
 
 
 class _Averaging:
-    """Averages the gradients of replicated parameters over the processes at the end of each backward pass of a model."""
+    """Averages the gradients of replicated parameters over the processes at the end of each backward pass of a model.
+
+    The end is asked for by the gradient of the model's output, which every process has whatever its rows need; and by gradients of trained
+    parameters, which also come where a part of the model was called or the output could not be looked into. There every process has to
+    reach a trained parameter in each backward pass: one that reaches none leaves the others waiting. A model of one process has nothing to
+    average: only its process group is kept then.
+    """
 
     def __init__(self, model: nn.Module, processes: Processes) -> None:
         self.processes = processes
+        self.alone = processes.count == 1
         self.enabled = True
         self.pending = False  # a backward pass whose gradients were not averaged since
+        self.averaged = False  # any, since the last step
+        self._queued: Callable[[], Any] = _nothing
+        self._hooks: list[RemovableHandle] = []
+        if self.alone:
+            return
         self._model = model
-        self._task = -1
-        self._hook = model.register_forward_hook(self._watch)
+        # PEFT's model calls the forward of the one inside without its hooks.
+        for module in model.modules():
+            self._hooks.append(module.register_forward_hook(self._watch))
+            if module is keeper(model):
+                break
+        self._hooks += [p.register_post_accumulate_grad_hook(self._due) for p in _others(model, find_bank(model))]
+        self.follow()
+
+    def follow(self) -> None:
+        """Watch the adapter that is trained now."""
+        if not self.alone:
+            self._bank = find_bank(self._model)
+            self._bank.on_gradient(self._due)
 
     def stop(self) -> None:
         """From now on gradients stay as they are."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if not self.alone:
+            banks = vars(keeper(self._model))
+            for bank in [banks["igulora_bank"]] if "igulora_bank" in banks else banks["igulora_banks"].values():
+                bank.on_gradient(None)
 
-    def __getstate__(self) -> None:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Averaging:
+        if not self.alone:
+            self.__getstate__()
+        copied = _Averaging.__new__(_Averaging)
+        vars(copied).update(vars(self))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.alone and self.processes.group is None:
+            return {**vars(self), "_queued": _nothing}
         raise TypeError(
             "expected a model of one process to copy or pickle, got one sharded over several; save its adapter instead"
         )
 
     def _watch(self, _model: nn.Module, _args: Any, output: Any) -> None:
-        context = find_bank(self._model).context
-        if not torch.is_grad_enabled() or context.train_groups == 0:  # a pass of path rows alone trains nothing
+        if (
+            not torch.is_grad_enabled() or self._bank.context.train_groups == 0
+        ):  # a pass of path rows alone trains nothing
             return
-        for leaf in torch.utils._pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(self._due)
+        for tensor in _differentiable(output):
+            tensor.register_hook(self._due)
 
-    def _due(self, _grad: Tensor) -> None:
-        # Where the output is used several times, or the model ran twice, its hooks fire several times in one backward pass.
-        task = torch._C._current_graph_task_id()
-        if not self.enabled:
-            self.pending = True
-        elif task != self._task:
-            self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.average)
+    def _due(self, _tensor: Tensor) -> None:
+        self.pending = True
+        # Hooks fire many times in one backward pass; and inside of it passes of their own run where reentrant checkpoints recompute.
+        if self.enabled and self._queued() is None:
+            average = functools.partial(self._average)
+            # A backward pass that fails drops what it queued, and only it holds that.
+            self._queued = weakref.ref(average)
+            torch.autograd.Variable._execution_engine.queue_callback(average)
 
-    def average(self) -> None:
-        """What is due at the end of a backward pass."""
+    def _average(self) -> None:
+        self._queued = _nothing
         average_gradients(self._model, self.processes)
-        self.pending = False
+
+
+def _nothing() -> None:
+    """A reference to what is gone."""
+
+
+def _differentiable(output: Any, depth: int = 3) -> list[Tensor]:
+    """The tensors of a model's output that have a gradient; of objects that PyTorch does not know their attributes are looked at."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not found and depth:
+        inside = [vars(leaf) for leaf in leaves if hasattr(leaf, "__dict__") and not isinstance(leaf, _CLOSED)]
+        found = [tensor for values in inside for tensor in _differentiable(list(values.values()), depth - 1)]
+    return found
+
+
+_CLOSED = (Tensor, nn.Module, type)
+
+
+def find_averaging(model: nn.Module) -> _Averaging | None:
+    """What averages a model's gradients, if igulora does."""
+    averaging = vars(keeper(model)).get("igulora_averaging")
+    # A pickle of one process's model, opened by several.
+    return None if averaging is None or (averaging.alone and averaging.processes.count > 1) else averaging
+
+
+def find_processes(model: nn.Module, group: dist.ProcessGroup | None) -> Processes:
+    """Those of ``group``; by default those that the model's gradients are averaged over, or all.
+
+    Raises:
+        ValueError: the gradients are averaged over others.
+    """
+    averaging, asked = find_averaging(model), Processes(group)
+    if averaging is None:
+        return asked
+    if group is not None and asked.members != averaging.processes.members:
+        raise ValueError(
+            f"expected the process group that gradients are averaged over, processes {averaging.processes.members}, got one of processes "
+            f"{asked.members}; leave process_group out, or give it to igulora.distributed.replicate(model, group) too"
+        )
+    return averaging.processes
+
+
+def stop_averaging(model: nn.Module) -> None:
+    """Leave the gradients of a model alone from now on."""
+    averaging = vars(keeper(model)).pop("igulora_averaging", None)
+    if averaging is not None:
+        averaging.stop()
+
+
+def _others(model: nn.Module, bank: Bank) -> list[nn.Parameter]:
+    """What is trained beside the adapters."""
+    ours = {id(p) for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
 
 
 @torch.no_grad()
@@ -135,8 +236,7 @@ def average_gradients(model: nn.Module, processes: Processes) -> None:
     bank = find_bank(model)
     bank.bind_grads()
     processes.mean_(bank.grad)
-    ours = {id(p) for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    others = _others(model, bank)
     for dtype in dict.fromkeys(p.dtype for p in others):
         params = [p for p in others if p.dtype == dtype]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
@@ -144,6 +244,9 @@ def average_gradients(model: nn.Module, processes: Processes) -> None:
         parts = flat.split([g.numel() for g in grads])
         for param, grad, part in zip(params, grads, parts, strict=True):
             param.grad = grad.copy_(part.view_as(grad))
+    averaging = find_averaging(model)
+    if averaging is not None:
+        averaging.pending, averaging.averaged = False, True
 
 
 def replicated_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -209,17 +312,12 @@ def replicate(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Mo
     """
     model = unwrap(model)
     bank, processes = find_bank(model), Processes(group)
-    if "igulora_averaging" not in vars(model):
+    if find_averaging(model) is None:
         if processes.count > 1:
             first = dist.get_global_rank(group, 0) if group is not None else 0
-            ours = {id(p) for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
-            for tensor in (
-                bank.weight,
-                bank.mask,
-                *(p for p in model.parameters() if p.requires_grad and id(p) not in ours),
-            ):
+            for tensor in (bank.weight, bank.mask, *_others(model, bank)):
                 dist.broadcast(tensor, first, group=group)
-        model.igulora_averaging = _Averaging(model, processes)  # type: ignore[assignment]
+        keeper(model).igulora_averaging = _Averaging(model, processes)  # type: ignore[assignment]
     return model
 
 
@@ -230,7 +328,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: the gradients of this model are not averaged by igulora (:func:`shard`, :func:`replicate`).
     """
-    averaging = vars(unwrap(model)).get("igulora_averaging")
+    averaging = find_averaging(model)
     if averaging is None:
         raise ValueError(
             "expected a model of igulora.distributed.shard, got another; DistributedDataParallel has a no_sync() of its own"
@@ -250,22 +348,34 @@ def check_averaged(model: nn.Module) -> None:
     """
     inner = unwrap(model)
     sharded = any("FSDPModule" in (cls.__name__ for cls in type(m).__mro__) for m in inner.modules())
-    if sharded and "igulora_averaging" not in vars(inner):
+    averaging = find_averaging(model)
+    if averaging is not None:
+        averaging.follow()
+    elif sharded:
         raise ValueError(
             "expected a model whose adapters' gradients are averaged over the processes, got one sharded by fully_shard: it leaves "
             "replicated parameters alone; call igulora.distributed.replicate(model), or igulora.distributed.shard(model) instead of it"
         )
 
 
-def check_synced(model: nn.Module) -> None:
-    """Raise where the step that ends was made of gradients that :func:`no_sync` kept from being averaged.
+def check_synced(model: nn.Module, passes: int) -> None:
+    """Raise where the step that ends was made of gradients that were not averaged: called once at the end of every step.
+
+    Args:
+        model: adapted.
+        passes: backward passes of this step.
 
     Raises:
         ValueError: the processes' weights have parted.
     """
-    averaging = vars(model).get("igulora_averaging")
-    if averaging is not None and averaging.pending and averaging.processes.count > 1:
+    averaging = find_averaging(model)
+    if averaging is None or averaging.alone:
+        return
+    missed = averaging.pending or (passes > 0 and not averaging.averaged)
+    averaging.averaged = False
+    if missed:
         raise ValueError(
             "expected the last micro-batch of a step outside of igulora.distributed.no_sync(), got a step of gradients that were not "
-            "averaged: the processes' weights have parted. Leave the last micro-batch out of it"
+            "averaged: the processes' weights have parted. Leave the last micro-batch out of it, and train the model that was given to "
+            "igulora.distributed.replicate or shard"
         )

@@ -12,6 +12,8 @@ _INSTEAD = (
     "igulora.distributed.shard where the base model is too large for one device"
 )
 
+_PARTS = ("lora_P", "lora_E", "lora_Q")
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The adapted model that ``model`` is or wraps; ``model`` itself where none is found."""
@@ -34,6 +36,16 @@ def _chain(model: nn.Module) -> list[nn.Module]:
             break
         found.append(inner)
     return found
+
+
+def keeper(model: nn.Module) -> nn.Module:
+    """The module that keeps what igulora knows of an adapted model, the same one whichever of its wrappers is asked.
+
+    It has ``igulora_bank`` (igulora.adapt) or ``igulora_banks`` (PEFT, whose model and tuner lie around it) of its own; the model itself
+    where none is found.
+    """
+    inner = unwrap(model)
+    return next((m for m in inner.modules() if not vars(m).keys().isdisjoint(("igulora_bank", "igulora_banks"))), inner)
 
 
 def find_ddp(model: nn.Module) -> Any:
@@ -64,9 +76,8 @@ def check_wrappers(model: nn.Module) -> None:
             "expected FSDP2 for a model with adapters, got FullyShardedDataParallel (FSDP1), which flattens their parameters into its own; "
             "call igulora.distributed.shard(model) instead"
         )
-    bank = getattr(inner, "igulora_bank", None)
-    for name, layer in zip(bank.names, bank.layers, strict=True) if bank is not None else ():
-        for part in ("lora_P", "lora_E", "lora_Q"):
+    for name, layer in _trained_layers(model):
+        for part in _PARTS:
             param = getattr(layer, part)
             if hasattr(param, "ds_id") or getattr(param, "_hp_mapping", None) is not None:
                 raise ValueError(
@@ -81,6 +92,18 @@ def check_wrappers(model: nn.Module) -> None:
                     f"expected the adapters replicated in every process, got {name}.{part} sharded; shard the base model alone: "
                     "igulora.distributed.shard(model), or fully_shard(..., ignored_params=igulora.distributed.replicated_parameters(model))"
                 )
+
+
+def _trained_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Names and layers of the banks that are trained, as they are: a refresh would fail on what is to be refused."""
+    kept = vars(keeper(model))
+    banks = [kept["igulora_bank"]] if "igulora_bank" in kept else list(kept.get("igulora_banks", {}).values())
+    return [
+        pair
+        for bank in banks
+        if any(getattr(layer, part).requires_grad for layer in bank.layers for part in _PARTS)
+        for pair in zip(bank.names, bank.layers, strict=True)
+    ]
 
 
 def is_sharded(value: object) -> bool:

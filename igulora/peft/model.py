@@ -18,6 +18,7 @@ from ..adapter import SVDAdapter
 from ..bank import Bank
 from ..config import IGUConfig
 from ..controller import StepInfo
+from ..distributed import stop_averaging
 from ..unwrap import reshard
 from .banks import Banks, peft_layers
 from .config import IGULoraConfig
@@ -184,6 +185,7 @@ class IGULoraModel(BaseTuner):
     ) -> Any:
         layers = self._about_to_merge(adapter_names) if merge else {}
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        stop_averaging(model)
         del model.igulora_banks
         warn_of_loss(layers, stacklevel=4)
         return model

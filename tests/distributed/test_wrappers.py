@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,3 +193,29 @@ def test_windows_draw_afresh(config: Any) -> None:
     """Seeds of windows do not repeat those of other runs."""
     first = [draws(config(estimator="stratified", ig_fraction=1.0, seed=s), [4] * 40) for s in range(3)]
     assert len({str(micro) for run in first for micro in run}) == 120
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_replicated_model_of_one_process_may_be_copied_and_pickled(adapted: nn.Module, batches: Any) -> None:
+    model = igulora.distributed.replicate(adapted)
+    ctl = igulora.Controller(model)
+    twin, again = copy.deepcopy((model, ctl))
+    for net, controller in ((twin, again), pickle.loads(pickle.dumps((model, ctl)))):
+        assert igulora.distributed.find_averaging(net) is not igulora.distributed.find_averaging(model)
+        with igulora.distributed.no_sync(net):
+            controller.backward(lambda b, net=net: (net(b[0]) - b[1]).square().mean(), batches(1)[0])
+        controller.step()
+        assert (controller.global_step, ctl.global_step) == (1, 0)
+
+
+def test_wrappers_are_refused_whichever_module_of_peft_is_given() -> None:
+    peft = pytest.importorskip("peft")
+    from igulora.peft import IGULoraConfig
+
+    config = IGULoraConfig(r=4, target_rank=2, total_steps=40, t_init=12, t_final=8, window=2, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+    igulora.Controller(model)
+    igulora.find_bank(model).layers[0].lora_Q.ds_id = 3
+    for part in (model, model.base_model, model.base_model.model):
+        with pytest.raises(ValueError, match=r"0.lora_Q partitioned by DeepSpeed ZeRO"):
+            igulora.Controller(part)
