@@ -53,8 +53,11 @@ class IGULoraModel(BaseTuner):
         self._generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
         if "igulora_banks" not in model.__dict__:
             model.igulora_banks = Banks()  # type: ignore[assignment]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._generator = None
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._generator = None
+            model.igulora_banks.forget_layers()  # type: ignore[operator, union-attr]
         SavedWrapper.adopt(model)
         keep_layers_called(model)
         self.banks.make(model, adapter_name, config, trained=not config.inference_mode)
@@ -151,6 +154,7 @@ class IGULoraModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's, and the adapter's bank with it."""
         super().delete_adapter(adapter_name)
+        self.banks.forget_layers()
         self.banks.pop(adapter_name, None)
 
     # -- merging ------------------------------------------------------------------------------------------------------------
