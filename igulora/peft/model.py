@@ -156,6 +156,7 @@ class IGULoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self.banks.forget_layers()
         self.banks.pop(adapter_name, None)
+        self.stepper.forget(adapter_name)
 
     # -- merging ------------------------------------------------------------------------------------------------------------
 
