@@ -196,6 +196,11 @@ class IGULoraModel(BaseTuner):
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         warn_of_loss(layers)
 
+    def unmerge_adapter(self) -> None:
+        """PEFT's; what FSDP2 keeps gathered after a forward is put back first, as a change of it would be lost."""
+        reshard(self.model)
+        super().unmerge_adapter()
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,

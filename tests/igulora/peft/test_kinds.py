@@ -460,3 +460,20 @@ def test_a_model_that_transformers_quantised_while_loading(
         model.merge_adapter()
     model.unmerge_adapter()
     torch.testing.assert_close(say(model, batch), y)
+
+
+def test_training_goes_on_after_an_evaluation(stack: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    """bitsandbytes packs 4-bit weights for the CPU's own product when it is first evaluated."""
+    gradients = []
+    for evaluated in (False, True):
+        model, x = stack()
+        model = shaken(peft.get_peft_model(model, config(["first", "base"], method="lora")))
+        if evaluated:
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+        loss_of(model)(batch_of(x)).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert any(grad.any() for name, grad in gradients[1].items() if "first" in name)
+    for name, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], grad, rtol=0.05, atol=0.05 * float(grad.abs().max()))

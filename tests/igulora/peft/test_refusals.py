@@ -63,3 +63,22 @@ def test_target_parameters_are_refused_with_what_to_use_instead() -> None:
     with pytest.raises(ValueError, match=message):
         peft.get_peft_model(model, config)
     assert state(model) == before
+
+
+def test_a_weight_that_cannot_be_written_is_refused_before_another_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    from igulora.bases.linear import LinearBase
+
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        IGULoraConfig(r=2, method="lora", target_modules=["0", "1"], init_lora_weights=False),
+    )
+    layers = [model.base_model.model[i] for i in (0, 1)]
+    monkeypatch.setattr(
+        LinearBase, "fixed", lambda base: "it is in stone" if base.module is layers[1].base_layer else None
+    )
+    weights = [layer.weight.clone() for layer in layers]
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"weights that can be written, got '1' \(nn.Linear\): it is in stone"):
+            merge()
+        assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, weights, strict=True))
+        assert not any(layer.merged for layer in layers)
