@@ -368,6 +368,7 @@ class Controller:
 
         Of several processes each has sums of its own inside a window; :meth:`PathPasses.reduce_window` of ``passes`` makes them equal.
         """
+        self.bank.refresh()
         passes, scores = self.passes.state_dict(), self.importance.state_dict()
         tensors: dict[str, Tensor] = {
             "live": self.bank.live,

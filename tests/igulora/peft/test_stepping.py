@@ -163,3 +163,10 @@ def test_parameters_that_begin_to_be_trained_get_their_gradient_in_the_flat_one(
     assert igulora.find_bank(model) is bank
     loss_of(model, 1)(data(1)).backward()
     assert frozen.grad.untyped_storage().data_ptr() == bank.grad.untyped_storage().data_ptr()
+
+
+def test_a_controller_s_state_can_be_saved_after_peft_loaded_an_adapter() -> None:
+    model = adapted()
+    ctl = igulora.Controller(model)
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
+    assert ctl.state_dict()["tensors"]["live"].tolist() == [1.0] * 8
