@@ -169,6 +169,7 @@ class Bank:
 
     def _bind_parameters(self) -> None:
         self._grad_views: list[tuple[nn.Parameter, Tensor]] = []
+        self._frozen: list[nn.Parameter] = []
         for s in self.layout.slices:
             param: nn.Parameter = getattr(self.layers[s.slot], s.name)
             view = self._view(self.weight, s)
@@ -182,6 +183,8 @@ class Bank:
                     grad_view.copy_(old_grad)
                 param.grad = grad_view
                 self._grad_views.append((param, grad_view))
+            else:
+                self._frozen.append(param)
 
     def _bind_masks(self) -> None:
         for slot, layer in enumerate(self.layers):
@@ -262,9 +265,13 @@ class Bank:
 
     def follow_trainable(self) -> None:
         """Give parameters that are trained by now, and were not when the buffers were packed, their views of the flat gradient."""
-        viewed = {id(param) for param, _ in self._grad_views} if self._epoch >= 0 else set()
-        parameters = [p for layer in self.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)]
-        if any(p.requires_grad and p.numel() and id(p) not in viewed for p in parameters):
+        if self._epoch == self.context.epoch:
+            waiting = self._frozen
+        else:  # other parameters may be there by now, and a copy has no views yet
+            viewed = {id(param) for param, _ in self._grad_views} if self._epoch >= 0 else set()
+            parameters = (p for layer in self.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q))
+            waiting = [p for p in parameters if p.numel() and id(p) not in viewed]
+        if any(param.requires_grad for param in waiting):
             self.repack()
 
     @property

@@ -22,6 +22,24 @@ class Banks(dict[str, Bank]):
     """Adapter name -> bank. An adapter whose values are not there yet (on the meta device), or lie on several devices and are not trained,
     has none: its layers compute all the same, each by itself."""
 
+    # Found once, until adapters come or go: a model has hundreds of layers among thousands of modules.
+    _layers: list[tuple[Any, nn.ModuleDict]] | None = None
+    _settled: frozenset[str] = frozenset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy finds its own layers."""
+        return {}
+
+    def forget_layers(self) -> None:
+        """Find the adapted layers anew: some came or went."""
+        self._layers, self._settled = None, frozenset()
+
+    def layers(self, model: nn.Module) -> list[tuple[Any, nn.ModuleDict]]:
+        """The adapted layers in model order, each with its adapters."""
+        if self._layers is None:
+            self._layers = [(layer, layer.igu_adapters) for layer in peft_layers(model).values()]
+        return self._layers
+
     def make(self, model: nn.Module, adapter_name: str, config: IGUConfig, trained: bool) -> None:
         """The bank of an adapter, over its layers in model order, unless it has one of exactly these."""
         found = {
@@ -37,6 +55,7 @@ class Banks(dict[str, Bank]):
             and all(mine is theirs for mine, theirs in zip(known.layers, adapters, strict=True))
         ):
             known.refresh()
+            self._settled |= {adapter_name}
             return
         self.pop(adapter_name, None)
         devices = {p.device for adapter in adapters for p in adapter.parameters()}
@@ -44,6 +63,7 @@ class Banks(dict[str, Bank]):
             return
         bank = Bank(list(found), adapters, PathContext(needs_controller=config.adaptive))
         self[adapter_name] = bank
+        self._settled |= {adapter_name}
         for module in model.modules():
             if isinstance(module, SavedWrapper):
                 module.igu_contexts[adapter_name] = bank.context
@@ -59,10 +79,10 @@ class Banks(dict[str, Bank]):
         Raises:
             ValueError: there is none, or there are several.
         """
-        layers = list(peft_layers(model).values())
-        names = list(dict.fromkeys(n for layer in layers for n in layer.active_adapters if n in layer.igu_adapters))
+        layers = self.layers(model)
+        names = list(dict.fromkeys(n for layer, own in layers for n in layer.active_adapters if n in own))
         if len(names) > 1:
-            names = [n for n in names if any(_trained(layer, n) for layer in layers)]
+            names = [n for n in names if self._trained(model, n)]
         if len(names) != 1:
             raise ValueError(
                 f"expected one active (or, of several, one trained) adapter, got {', '.join(names) or 'none'}; "
@@ -70,20 +90,28 @@ class Banks(dict[str, Bank]):
             )
         return names[0]
 
+    def named(self, model: nn.Module, name: str) -> Bank:
+        """The bank of an adapter, made where it is missing or has become another's.
+
+        Raises:
+            ValueError: the adapter has no values yet, or has them on several devices.
+        """
+        if name not in self._settled or name not in self:
+            config = model.peft_config[name].plain()  # type: ignore[index, union-attr]
+            self.make(model, name, config, trained=self._trained(model, name))
+        if name not in self:
+            raise ValueError(
+                f"expected an adapter with values on one device, got {name!r} on the meta device or on several; load its weights first"
+            )
+        return self[name]
+
     def active(self, model: nn.Module) -> Bank:
         """The bank of :meth:`active_name`.
 
         Raises:
             ValueError: there is no such adapter, or it has no values yet.
         """
-        name = self.active_name(model)
-        config = self.config(model)
-        self.make(model, name, config, trained=any(_trained(layer, name) for layer in peft_layers(model).values()))
-        if name not in self:
-            raise ValueError(
-                f"expected an adapter with values on one device, got {name!r} on the meta device or on several; load its weights first"
-            )
-        bank = self[name]
+        bank = self.named(model, self.active_name(model))
         bank.follow_trainable()
         return bank
 
@@ -91,6 +119,5 @@ class Banks(dict[str, Bank]):
         """The options of the adapter of :meth:`active_name`."""
         return model.peft_config[self.active_name(model)].plain()  # type: ignore[index, union-attr]
 
-
-def _trained(layer: Any, name: str) -> bool:
-    return name in layer.igu_adapters and any(p.requires_grad for p in layer.igu_adapters[name].parameters())
+    def _trained(self, model: nn.Module, name: str) -> bool:
+        return any(p.requires_grad for _, own in self.layers(model) if name in own for p in own[name].parameters())

@@ -102,6 +102,7 @@ class IGULoraConfig(PeftConfig, IGUConfig):
                 raise ValueError(
                     f"expected no {name} with igulora, got {name}={value!r}; leave it out: {_REASONS[name]}"
                 )
+        self.refuse_parameters()
         if not isinstance(self.init_lora_weights, bool):
             raise ValueError(
                 f"expected init_lora_weights to be True or False, got {self.init_lora_weights!r}; choose the start by init= and init_lambda"
@@ -112,6 +113,15 @@ class IGULoraConfig(PeftConfig, IGUConfig):
         IGUConfig.__post_init__(self)
         self.seed = seed
         self._check_targets()
+
+    def refuse_parameters(self) -> None:
+        """Raise where ``target_parameters``, an option of :func:`igulora.adapt`, is given."""
+        if self.target_parameters:
+            raise ValueError(
+                f"expected target_modules only, got target_parameters={self.target_parameters!r}: PEFT's method adapts modules, and "
+                "experts that a model keeps in one parameter are none; adapt those by igulora.adapt(model, "
+                "igulora.IGUConfig(target_parameters=...)), and export the result for PEFT by igulora.export_peft"
+            )
 
     def _take(self, theirs: str, ours: str, value: Any) -> None:
         """AdaLoRA's name for an option of ours."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,13 +49,29 @@ class IGULoraModel(BaseTuner):
     # -- making adapters --------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, then the bank of the new adapter."""
+        """PEFT's, then the bank of the new adapter. The model is what it was if a layer cannot be adapted."""
         config: IGULoraConfig = self.peft_config[adapter_name]
         self._generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
-        if "igulora_banks" not in model.__dict__:
+        first = "igulora_banks" not in model.__dict__
+        if first:
             model.igulora_banks = Banks()  # type: ignore[assignment]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._generator = None
+        trained = [(p, p.requires_grad) for p in model.parameters()]
+        self._undo: list[Callable[[], None]] = []
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            for undo in reversed(self._undo):
+                undo()
+            for param, flag in trained:
+                param.requires_grad_(flag)
+            self.banks.forget_layers()
+            if first:
+                del model.igulora_banks
+            raise
+        finally:
+            self._generator = None
+            self._undo = []
+        self.banks.forget_layers()
         SavedWrapper.adopt(model)
         keep_layers_called(model)
         self.banks.make(model, adapter_name, config, trained=not config.inference_mode)
@@ -72,11 +88,6 @@ class IGULoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if parameter_name is not None:
-            raise ValueError(
-                f"expected target_modules only, got target_parameters, which name {current_key!r}; PEFT's method adapts modules, and "
-                "igulora.adapt experts that are kept in parameters"
-            )
         if isinstance(target, NonDynamicallyQuantizableLinear):
             raise ValueError(
                 f"expected layers that their parent calls, got {current_key!r}: nn.MultiheadAttention reads its weight directly, so that "
@@ -96,6 +107,8 @@ class IGULoraModel(BaseTuner):
             "recompute_inputs": peft_config.recompute_inputs,
         }
         if isinstance(target, IGULoraLayer):
+            before = dict(target.igu_adapters.items()).get(adapter_name)
+            self._undo.append(lambda: _put_back(target, adapter_name, before))
             target.update_layer(adapter_name, **options)
             return
         layer = layer_of(target, current_key)
@@ -106,7 +119,13 @@ class IGULoraModel(BaseTuner):
             layer.igu_adapters[adapter_name].requires_grad_(
                 False
             )  # a further adapter is not trained before it is chosen
+        self._undo.append(lambda: setattr(parent, target_name, target))
         self._replace_module(parent, target_name, layer, target)
+
+    def _check_new_adapter_config(self, config: IGULoraConfig) -> None:
+        """PEFT's, and what the configuration itself refuses: options may have been set since it was made."""
+        super()._check_new_adapter_config(config)
+        config.refuse_parameters()
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """Mamba's kernels read these weights themselves, as PEFT refuses them for LoRA."""
@@ -152,7 +171,9 @@ class IGULoraModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's, and the adapter's bank with it."""
         super().delete_adapter(adapter_name)
+        self.banks.forget_layers()
         self.banks.pop(adapter_name, None)
+        self.stepper.forget(adapter_name)
 
     # -- merging ------------------------------------------------------------------------------------------------------------
 
@@ -175,6 +196,11 @@ class IGULoraModel(BaseTuner):
         layers = self._about_to_merge(adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         warn_of_loss(layers)
+
+    def unmerge_adapter(self) -> None:
+        """PEFT's; what FSDP2 keeps gathered after a forward is put back first, as a change of it would be lost."""
+        reshard(self.model)
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,
@@ -307,6 +333,13 @@ class IGULoraModel(BaseTuner):
 
 _RANK_KEY = f".{PREFIX}adapters.lora_E"
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
+def _put_back(layer: IGULoraLayer, name: str, adapter: Any) -> None:
+    """``adapter`` under its name again, or none."""
+    layer.igu_adapters.pop(name)
+    if adapter is not None:
+        layer.igu_adapters[name] = adapter
 
 
 @torch.no_grad()
