@@ -104,7 +104,7 @@ class Controller:
         joint_mean: bool = False,
     ) -> None:
         if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
-            raise ValueError(f"expected accumulation_steps to be an int >= 1, got {accumulation_steps!r}")
+            raise ValueError(f"expected an int accumulation_steps >= 1, got {accumulation_steps!r}")
         check_wrappers(model)
         check_averaged(model)
         self._ddp = find_ddp(model)
@@ -340,8 +340,7 @@ class Controller:
                 self.passes.sample_training_gradient(micro_batches)
             scored = self.passes.complete
             if scored:
-                self.importance.update(self.passes.close_window())
-                self.log.scored(self.global_step + 1, self.importance)
+                self._update_scores()
         self.global_step += 1
         due = config.adaptive and self.allocator.schedule.is_due(self.global_step)
         if due:
@@ -368,6 +367,10 @@ class Controller:
                 "expected ctl.regularise() between your own loss.backward() and optimizer.step(), got none: the orthogonality penalty was "
                 "never applied. Use ctl.backward, call ctl.regularise(), or set orthogonality=0"
             )
+
+    def _update_scores(self) -> None:
+        self.importance.update(self.passes.close_window())
+        self.log.scored(self.global_step + 1, self.importance)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
