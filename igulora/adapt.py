@@ -77,6 +77,11 @@ def check_plain(model: nn.Module) -> None:
     """Raise unless ``model`` is a module without adapters."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {type(model).__name__}")
+    if any("igulora_banks" in vars(m) for m in model.modules()):
+        raise ValueError(
+            "expected a plain model, got one whose igulora adapters PEFT keeps; go on with those, or take them out by PEFT's own "
+            "merge_and_unload() or unload()"
+        )
     if any(isinstance(m, (SVDAdapter, SavedModule)) for m in model.modules()):
         raise ValueError(
             "expected a model without igulora adapters, got one adapted already; "

@@ -111,6 +111,11 @@ def describe_folder(directory: str | Path) -> Description:
     """The checked description of an adapter folder; raises as :func:`read_adapter` does."""
     directory = Path(directory)
     path = directory / CONFIG_FILE
+    if not place(directory, CONFIG_FILE).is_file() and (directory / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"expected {CONFIG_FILE} in {directory}, got an adapter that PEFT saved: of its igulora method load it with "
+            "peft.PeftModel.from_pretrained (after import igulora.peft), of LoRA or AdaLoRA with igulora.import_peft"
+        )
     meta = read_json(place(directory, CONFIG_FILE))
     if meta.get("library") != "igulora" or not isinstance(meta.get("modules"), dict):
         raise ValueError(

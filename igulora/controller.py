@@ -268,6 +268,7 @@ class Controller:
             ValueError, TypeError: the batch or the loss does not fit (says how).
         """
         bank = self.bank
+        self._check_active()
         bank.refresh()
         self._follow_device()
         bank.context.check_stepped()
@@ -292,6 +293,14 @@ class Controller:
         bank.context.unstepped = before + 1  # also where no gradient reached a watched parameter
         self.regularise(scale * self.accumulation_steps if step_scale is None else step_scale)
         return loss
+
+    def _check_active(self) -> None:
+        """PEFT's models change which adapter is trained; a controller stays with the one it was made for."""
+        if hasattr(self.model, "igulora_banks") and find_bank(self.model) is not self.bank:
+            raise ValueError(
+                "expected the adapter active that this controller was made for, got another; make a Controller for each adapter, or go "
+                "back with model.set_adapter(name)"
+            )
 
     def regularise(self, scale: float | Tensor = 1.0) -> None:
         """Add the orthogonality gradient to the flat gradient, once per optimizer step.
@@ -328,6 +337,7 @@ class Controller:
             ValueError: an allocation is due and there are too few score updates.
         """
         bank, config = self.bank, self.config
+        self._check_active()
         check_synced(self.model, bank.context.unstepped)
         bank.refresh()
         self._follow_device()

@@ -56,7 +56,10 @@ class PeftConfig:
         values = read_json(path)
         kind = values.get("peft_type")
         if kind not in ("LORA", "ADALORA"):
-            raise ValueError(f"expected an adapter of peft_type LORA or ADALORA in {directory}, got {kind!r}")
+            hint = (
+                "; load it with peft.PeftModel.from_pretrained, after import igulora.peft" if kind == "IGULORA" else ""
+            )
+            raise ValueError(f"expected an adapter of peft_type LORA or ADALORA in {directory}, got {kind!r}{hint}")
         for name, what in _REFUSED.items():
             if values.get(name):
                 raise ValueError(

@@ -80,7 +80,10 @@ class IGUTrainerMixin(_Trainer):
         self._check_setting()
         if igu_config is not None:
             self._adapt(igu_config)
-        adapted_part(self.model)
+        try:
+            adapted_part(self.model)
+        except ValueError as error:
+            raise ValueError(f"{error}, or give the trainer igu_config={{...}}") from error
         given = [c for c in self.callback_handler.callbacks if isinstance(c, IGUCallback)]
         self._igu = given[0] if given else IGUCallback(igu_trace, igu_loss_terms)
         self._igu._alone = False
@@ -109,6 +112,11 @@ class IGUTrainerMixin(_Trainer):
             raise ValueError(
                 "expected igu_config with a model alone, got also model_init or an optimizer, which would be built for a model without "
                 "adapters; adapt the model yourself with igulora.adapt"
+            )
+        if hasattr(config, "peft_type") or not isinstance(config, (IGUConfig, Mapping)):
+            raise TypeError(
+                f"expected igu_config to be an IGUConfig or a mapping of its options, got {type(config).__name__}; for PEFT's method give "
+                "the trainer model=peft.get_peft_model(model, config)"
             )
         if not isinstance(config, IGUConfig):
             options = dict(config)

@@ -19,6 +19,7 @@ from ..bank import Bank
 from ..config import IGUConfig
 from ..controller import StepInfo
 from ..distributed import stop_averaging
+from ..layers import AdaptedLayer
 from ..unwrap import reshard
 from .banks import Banks, peft_layers
 from .config import IGULoraConfig
@@ -51,6 +52,11 @@ class IGULoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, then the bank of the new adapter. The model is what it was if a layer cannot be adapted."""
         config: IGULoraConfig = self.peft_config[adapter_name]
+        if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+            raise ValueError(
+                "expected a model without adapters of igulora.adapt, got one adapted already; call igulora.remove(model) first (after "
+                "igulora.merge(model) to keep what they learned)"
+            )
         self._generator = None if config.seed is None else torch.Generator().manual_seed(config.seed)
         first = "igulora_banks" not in model.__dict__
         if first:

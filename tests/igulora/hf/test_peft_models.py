@@ -97,3 +97,44 @@ def test_st_3842_a_stock_trainer_over_a_peft_model_raises(build: Any, tmp_path: 
     trainer = build(transformers.Trainer, output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="expected an igulora.Controller"):
         trainer.train()
+
+
+def test_what_does_not_fit_is_said(llama: Any, rows: Any, arguments: Any) -> None:
+    options = {**SCHEDULE, "total_steps": 20}
+    args = arguments()
+    with pytest.raises(TypeError, match="expected igu_config to be an IGUConfig.*got IGULoraConfig"):
+        IGUTrainer(model=llama(), args=args, train_dataset=rows(), igu_config=igulora.IGULoraConfig(**options))
+    with pytest.raises(ValueError, match="or give the trainer igu_config"):
+        IGUTrainer(model=llama(), args=args, train_dataset=rows())
+    by_peft = peft.get_peft_model(llama(), igulora.IGULoraConfig(**options))
+    with pytest.raises(ValueError, match="whose igulora adapters PEFT keeps"):
+        igulora.adapt(by_peft, igulora.IGUConfig(**options))
+    with pytest.raises(ValueError, match="got one adapted already"):
+        peft.get_peft_model(igulora.adapt(llama(), igulora.IGUConfig(**options)), igulora.IGULoraConfig(**options))
+
+
+def test_an_adapter_that_peft_saved_is_named(llama: Any, tmp_path: Path) -> None:
+    by_peft = peft.get_peft_model(llama(), igulora.IGULoraConfig(**SCHEDULE))
+    by_peft.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="got an adapter that PEFT saved"):
+        igulora.load_adapter(llama(), tmp_path)
+    with pytest.raises(ValueError, match="got 'IGULORA'; load it with peft.PeftModel"):
+        igulora.import_peft(llama(), tmp_path)
+
+
+def test_a_controller_stays_with_its_adapter(llama: Any) -> None:
+    model = peft.get_peft_model(llama(), igulora.IGULoraConfig(**SCHEDULE)).train()
+    first = igulora.Controller(model)
+    model.add_adapter("other", igulora.IGULoraConfig(**SCHEDULE))
+    batch = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.arange(12).reshape(2, 6)}
+    before = first.bank.weight.clone()
+    first.backward(lambda b: model(**b).loss, batch)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="expected the adapter active that this controller was made for"):
+        first.backward(lambda b: model(**b).loss, batch)
+    with pytest.raises(ValueError, match="expected the adapter active"):
+        first.step()
+    assert torch.equal(first.bank.weight, before)
+    igulora.Controller(model).backward(lambda b: model(**b).loss, batch)
+    model.set_adapter("default")
+    first.step()
