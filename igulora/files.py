@@ -72,13 +72,23 @@ def put_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON file beside ``path`` and rename it: a crash leaves the old file or the new one."""
+    """Write one JSON file atomically."""
     to_json(value)  # what JSON cannot say is found before the folder is made
+    _atomically(path, lambda place: put_json(place, value))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file atomically, on the CPU and contiguous."""
+    _atomically(path, lambda place: put_tensors(place, tensors))
+
+
+def _atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write beside ``path`` and rename: a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     try:
-        put_json(Path(name), value)
+        write(Path(name))
         os.chmod(name, 0o644)
         os.replace(name, path)
         sync_folder(path.parent)
