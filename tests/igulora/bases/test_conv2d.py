@@ -60,6 +60,7 @@ def test_the_output_keeps_its_memory_format(form: torch.memory_format, stride: i
     assert built.weight.is_contiguous(memory_format=form)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_a_picture_without_its_batch() -> None:
     built, x = layer(padding="same", kernel_size=(2, 3)), torch.randn(3, 6, 7, dtype=F64)
     torch.testing.assert_close(built(x), built(x.unsqueeze(0)).squeeze(0))
