@@ -130,6 +130,11 @@ class SVDAdapter(nn.Module):
         """Stored triplets, live or not."""
         return self.lora_E.shape[0]
 
+    @property
+    def masters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+        """P, lambda and Q."""
+        return self.lora_P, self.lora_E, self.lora_Q
+
     def dropout_seed(self, x: Tensor) -> Tensor | None:
         """A fresh int64 seed on x's device, drawn from PyTorch's generator; None where nothing is dropped."""
         if not self.training or self.dropout == 0.0:

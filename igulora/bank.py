@@ -137,7 +137,7 @@ class Bank:
     @torch.no_grad()
     def repack(self) -> None:
         """Gather the layers' parameters into fresh flat buffers and make them views again; values, live mask and T are kept."""
-        devices = {p.device for layer in self.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask)}
+        devices = {p.device for layer in self.layers for p in (*layer.masters, layer.mask)}
         if len(devices) > 1:
             found = ", ".join(sorted(map(str, devices)))
             raise ValueError(
@@ -269,8 +269,7 @@ class Bank:
             waiting = self._frozen
         else:  # other parameters may be there by now, and a copy has no views yet
             viewed = {id(param) for param, _ in self._grad_views} if self._epoch >= 0 else set()
-            parameters = (p for layer in self.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q))
-            waiting = [p for p in parameters if p.numel() and id(p) not in viewed]
+            waiting = [p for p in self.parameters() if p.numel() and id(p) not in viewed]
         if any(param.requires_grad for param in waiting):
             self.repack()
 
@@ -307,6 +306,15 @@ class Bank:
         """Which triplets live is read from the layers' masks at the next :meth:`refresh`: these are about to be loaded."""
         self._live = None
         self.context.epoch += 1
+
+    def parameters(self) -> list[nn.Parameter]:
+        """P, lambda and Q of every layer, trained or not."""
+        return [param for layer in self.layers for param in layer.masters]
+
+    def others(self, model: nn.Module) -> list[nn.Parameter]:
+        """What of the model is trained beside the adapters."""
+        ours = {id(param) for param in self.parameters()}
+        return [param for param in model.parameters() if param.requires_grad and id(param) not in ours]
 
     # -- views by triplet ---------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .bank import Bank, find_bank
+from .bank import find_bank
 from .unwrap import keeper, unwrap
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class _Averaging:
             self._hooks.append(module.register_forward_hook(self._watch))
             if module is keeper(model):
                 break
-        self._hooks += [p.register_post_accumulate_grad_hook(self._due) for p in _others(model, find_bank(model))]
+        self._hooks += [p.register_post_accumulate_grad_hook(self._due) for p in find_bank(model).others(model)]
         self.follow()
 
     def follow(self) -> None:
@@ -224,19 +224,13 @@ def stop_averaging(model: nn.Module) -> None:
         averaging.stop()
 
 
-def _others(model: nn.Module, bank: Bank) -> list[nn.Parameter]:
-    """What is trained beside the adapters."""
-    ours = {id(p) for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
-
-
 @torch.no_grad()
 def average_gradients(model: nn.Module, processes: Processes) -> None:
     """Average the flat gradient of the adapters, and as one buffer the gradients of whatever else is trained: a collective."""
     bank = find_bank(model)
     bank.bind_grads()
     processes.mean_(bank.grad)
-    others = _others(model, bank)
+    others = bank.others(model)
     for dtype in dict.fromkeys(p.dtype for p in others):
         params = [p for p in others if p.dtype == dtype]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
@@ -256,8 +250,7 @@ def replicated_parameters(model: nn.Module) -> set[nn.Parameter]:
         ValueError: the model is not adapted.
     """
     bank = find_bank(model)
-    ours = {p for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
-    return ours | {p for p in model.parameters() if p.requires_grad}
+    return {*bank.parameters(), *bank.others(model)}
 
 
 def shard(
@@ -315,7 +308,7 @@ def replicate(model: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Mo
     if find_averaging(model) is None:
         if processes.count > 1:
             first = dist.get_global_rank(group, 0) if group is not None else 0
-            for tensor in (bank.weight, bank.mask, *_others(model, bank)):
+            for tensor in (bank.weight, bank.mask, *bank.others(model)):
                 dist.broadcast(tensor, first, group=group)
         keeper(model).igulora_averaging = _Averaging(model, processes)  # type: ignore[assignment]
     return model

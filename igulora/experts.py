@@ -214,7 +214,7 @@ class AdaptedExperts(nn.Module):
             for name in self.adapted
             for layer, count in zip(self.layers(name), routed.train, strict=True)
             if not count
-            for param in (layer.lora_P, layer.lora_E, layer.lora_Q)
+            for param in layer.masters
             if param.requires_grad
         ]
         return _Joined.apply(y, *idle) if idle else y

@@ -39,8 +39,7 @@ def param_groups(
     lambda_lr_ratio = _ratio(model, lambda_lr_ratio)
     vectors = [p for layer in bank.layers for p in (layer.lora_P, layer.lora_Q) if p.requires_grad]
     lambdas = [layer.lora_E for layer in bank.layers if layer.lora_E.requires_grad]
-    ours = {id(p) for p in (*vectors, *lambdas)}
-    saved = [p for p in model.parameters() if p.requires_grad and id(p) not in ours]
+    saved = bank.others(model)
     groups = [
         {"name": "vectors", "params": vectors, "lr": lr, "weight_decay": weight_decay},
         {"name": "lambda", "params": lambdas, "lr": lr * lambda_lr_ratio, "weight_decay": 0.0},

@@ -380,9 +380,8 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def _ours(model: nn.Module, bank: Bank) -> set[int]:
-    ours = {id(p) for layer in bank.layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
     saved = [copy for m in model.modules() if isinstance(m, TrainedWhole) for copy in m.copies()]
-    return ours | {id(p) for copy in saved for p in copy.parameters()}
+    return {id(p) for p in bank.parameters()} | {id(p) for copy in saved for p in copy.parameters()}
 
 
 def other_trainables(model: nn.Module, bank: Bank) -> list[nn.Parameter]:

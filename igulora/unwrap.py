@@ -17,7 +17,8 @@ _PARTS = ("lora_P", "lora_E", "lora_Q")
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The adapted model that ``model`` is or wraps; ``model`` itself where none is found."""
-    return _chain(model)[-1] if _is_adapted(_chain(model)[-1]) else model
+    innermost = _chain(model)[-1]
+    return innermost if _is_adapted(innermost) else model
 
 
 def _is_adapted(model: nn.Module) -> bool:

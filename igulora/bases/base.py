@@ -81,6 +81,24 @@ class Base:
         raise NotImplementedError
 
 
+class DenseBase(Base):
+    """A layer whose weight holds the numbers of W themselves, in some order."""
+
+    def assign(self, dense: Tensor) -> float:
+        self.module.weight.copy_(self.laid_out(dense))
+        return 0.0
+
+
+class TransposedBase(DenseBase):
+    """A layer whose weight is W transposed."""
+
+    def dense(self) -> Tensor:
+        return self.module.weight.t()
+
+    def laid_out(self, dense: Tensor) -> Tensor:
+        return dense.t()
+
+
 def is_kind(module: nn.Module, package: str, name: str) -> bool:
     """Whether ``module`` is an instance of ``package``'s class ``name`` or of a subclass; nothing is imported to find out."""
     return any(cls.__name__ == name and cls.__module__.split(".")[0] == package for cls in type(module).__mro__)

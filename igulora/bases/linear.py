@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import PLAIN_TENSORS, Base, is_kind, runs_as
+from .base import PLAIN_TENSORS, DenseBase, TransposedBase, is_kind, runs_as
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,7 +22,7 @@ def is_plain_product(module: nn.Module) -> bool:
     return runs_as(module, nn.Linear) and type(module.weight) in PLAIN_TENSORS
 
 
-class LinearBase(Base):
+class LinearBase(DenseBase):
     """``nn.Linear`` and its subclasses."""
 
     kind = "nn.Linear"
@@ -44,12 +44,8 @@ class LinearBase(Base):
     def dense(self) -> Tensor:
         return self.module.weight
 
-    def assign(self, dense: Tensor) -> float:
-        self.module.weight.copy_(dense)
-        return 0.0
 
-
-class Conv1DBase(Base):
+class Conv1DBase(TransposedBase):
     """``transformers.pytorch_utils.Conv1D``: weight (in, out)."""
 
     kind = "Conv1D"
@@ -61,13 +57,3 @@ class Conv1DBase(Base):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         return is_kind(module, "transformers", "Conv1D")
-
-    def dense(self) -> Tensor:
-        return self.module.weight.t()
-
-    def laid_out(self, dense: Tensor) -> Tensor:
-        return dense.t()
-
-    def assign(self, dense: Tensor) -> float:
-        self.module.weight.copy_(self.laid_out(dense))
-        return 0.0

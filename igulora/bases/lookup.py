@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .base import PLAIN_TENSORS, Base, runs_as
+from .base import PLAIN_TENSORS, DenseBase, TransposedBase, runs_as
 
 
-class EmbeddingBase(Base):
+class EmbeddingBase(TransposedBase):
     """``nn.Embedding``, a product with rows of the identity: W is (dimension, number of ids), the weight transposed."""
 
     kind = "nn.Embedding"
@@ -43,18 +43,8 @@ class EmbeddingBase(Base):
             return f"its gradient is of another form ({which}=True) than an adapter's; set {which}=False"
         return None
 
-    def dense(self) -> Tensor:
-        return self.module.weight.t()
 
-    def laid_out(self, dense: Tensor) -> Tensor:
-        return dense.t()
-
-    def assign(self, dense: Tensor) -> float:
-        self.module.weight.copy_(self.laid_out(dense))
-        return 0.0
-
-
-class Conv2dBase(Base):
+class Conv2dBase(DenseBase):
     """``nn.Conv2d``, a product with patches of its input: W is (out channels, in channels * kernel height * kernel width)."""
 
     kind = "nn.Conv2d"
@@ -82,7 +72,3 @@ class Conv2dBase(Base):
 
     def laid_out(self, dense: Tensor) -> Tensor:
         return dense.reshape(self.module.weight.shape)
-
-    def assign(self, dense: Tensor) -> float:
-        self.module.weight.copy_(self.laid_out(dense))
-        return 0.0
