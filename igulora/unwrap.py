@@ -46,7 +46,12 @@ def keeper(model: nn.Module) -> nn.Module:
     where none is found.
     """
     inner = unwrap(model)
-    return next((m for m in inner.modules() if not vars(m).keys().isdisjoint(("igulora_bank", "igulora_banks"))), inner)
+    return next((m for m in inner.modules() if keeps_adapters(m)), inner)
+
+
+def keeps_adapters(module: nn.Module) -> bool:
+    """Whether a module has the bank of an adapted model, or PEFT's banks, of its own."""
+    return not vars(module).keys().isdisjoint(("igulora_bank", "igulora_banks"))
 
 
 def find_ddp(model: nn.Module) -> Any:

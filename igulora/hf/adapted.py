@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ..bank import Bank, find_bank
+from ..bank import find_bank
 from ..config import IGUConfig
 from ..saved_adapter import restore_adapter
+from ..unwrap import keeps_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -21,20 +22,13 @@ def adapted_part(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no part of the model is adapted, or more than one.
     """
-    found: list[nn.Module] = []
-    for module in model.modules():
-        if isinstance(vars(module).get("igulora_bank"), Bank) or _kept_by_peft(module):
-            found.append(module)
+    found = [module for module in model.modules() if keeps_adapters(module)]
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(f"expected one adapted model to train, got {len(found)} parts that were adapted apart")
     find_bank(model)  # a wrapper may know its bank in a way of its own; raises where there is none
     return model
-
-
-def _kept_by_peft(module: nn.Module) -> bool:
-    return "igulora_banks" in vars(module)
 
 
 def adapter_folder(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Path:
@@ -45,7 +39,7 @@ def adapter_folder(model: nn.Module, checkpoint: str | os.PathLike[str]) -> Path
     Raises:
         ValueError: as :func:`adapted_part`.
     """
-    return Path(checkpoint) / "igulora" / "state" if _kept_by_peft(adapted_part(model)) else Path(checkpoint)
+    return Path(checkpoint) / "igulora" / "state" if "igulora_banks" in vars(adapted_part(model)) else Path(checkpoint)
 
 
 def check_steps(config: IGUConfig, steps: int) -> None:
