@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .adapter import SVDAdapter
 from .bases import Base, Conv2dBase, EmbeddingBase, describe, is_plain_product
 from .kinds import Conv2dAdapter, EmbeddingAdapter, LayerAdapter, LinearAdapter
-from .unwrap import placed_as
 
 
 class AdaptedLayer(LayerAdapter):
@@ -71,14 +70,10 @@ class AdaptedLayer(LayerAdapter):
         if self.merged:
             raise ValueError("expected an unmerged layer, got a merged one; unmerge it first")
         base = self.base
-        fixed = base.fixed()
-        if fixed is not None:
-            raise ValueError(f"expected a weight that can be written, got {base.kind}: {fixed}")
+        base.check_writable()
         self._before = base.snapshot()
         update = self.delta_weight()
-        dense = base.dense().to(update.dtype)
-        missed, size = base.assign(dense + placed_as(update, dense)), float(update.norm())
-        self.merge_error = missed / size if size else missed
+        self.merge_error = base.write(base.plus(update), update)
         self.merged = True
         return self.merge_error
 
@@ -91,8 +86,7 @@ class AdaptedLayer(LayerAdapter):
         if self._before is not None:
             base.restore(self._before)
         else:
-            dense = base.dense().to(self.lora_P.dtype)
-            base.assign(dense - placed_as(self.delta_weight(), dense))
+            base.assign(base.plus(-self.delta_weight()))
         self.merged, self.merge_error, self._before = False, 0.0, None
 
 

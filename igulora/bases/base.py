@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..unwrap import placed_as
+
 PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
@@ -71,6 +73,22 @@ class Base:
         Only where :meth:`fixed` is None.
         """
         raise NotImplementedError
+
+    def check_writable(self) -> None:
+        """Raise ValueError where :meth:`fixed` says why nothing can be merged."""
+        fixed = self.fixed()
+        if fixed is not None:
+            raise ValueError(f"expected a weight that can be written, got {self.kind}: {fixed}")
+
+    def plus(self, update: Tensor) -> Tensor:
+        """W and an update (out, in) that every process has whole, in the update's dtype; of a sharded weight this process's part."""
+        dense = self.dense().to(update.dtype)
+        return dense + placed_as(update, dense)
+
+    def write(self, dense: Tensor, update: Tensor) -> float:
+        """:meth:`assign` what :meth:`plus` gave; returns the distance as a share of the update's norm."""
+        missed, size = self.assign(dense), float(update.norm())
+        return missed / size if size else missed
 
     def snapshot(self) -> Any:
         """What :meth:`restore` needs to undo an :meth:`assign` bit by bit; None where the caller subtracts again what it added."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..bases import Base, Conv2dBase, EmbeddingBase, describe, is_plain_product
 from ..kinds import LinearAdapter, adapter_of
 from ..recompute import Recompute
-from ..unwrap import placed_as
 
 BASE = "__base__"  # PEFT's name for "no adapter" in a batch of several
 
@@ -135,9 +134,7 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         base = self.base
-        fixed = base.fixed()
-        if fixed is not None:
-            raise ValueError(f"expected a weight that can be written, got {base.kind}: {fixed}")
+        base.check_writable()
         now = base.snapshot()
         before = now if self._before is None else self._before
         again = [] if now is None else [name for name in self.merged_adapters if name in self.igu_adapters]
@@ -146,8 +143,7 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
         assert isinstance(total, Tensor)
         if self._before is not None:
             base.restore(before)
-        dense = base.dense().to(total.dtype)
-        merged = dense + placed_as(total, dense)
+        merged = base.plus(total)
         if safe_merge and not bool(torch.isfinite(merged).all()):
             if self._before is not None:
                 base.restore(now)
@@ -156,8 +152,7 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
                 "expected finite merged weights, got others: NaNs detected in the merged weights. The adapter "
                 f"{', '.join(broken)} seems to be broken; nothing was merged into this layer"
             )
-        missed, size = base.assign(merged), float(total.norm())
-        self.merge_error, self._before = missed / size if size else missed, before
+        self.merge_error, self._before = base.write(merged, total), before
         for name in names:
             self.igu_adapters[name].merged = True
             self.merged_adapters.append(name)
@@ -173,8 +168,7 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
         if self._before is not None:
             base.restore(self._before)
         elif adapters:
-            dense = base.dense().to(adapters[0].lora_P.dtype)
-            base.assign(dense - placed_as(sum(adapter.delta_weight() for adapter in adapters), dense))
+            base.assign(base.plus(-self.delta_weight()))
         for adapter in adapters:
             adapter.merged = False
         self.merged_adapters.clear()
