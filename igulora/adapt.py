@@ -18,6 +18,7 @@ from .distributed import stop_averaging
 from .errors import MergeWarning, nearest
 from .experts import AdaptedExperts, ExpertLinear, ExpertSlice, bases_of, find_slices, wrap_experts
 from .layers import AdaptedLayer, wrap
+from .pretrained import save_as_before, warn_when_saved
 from .recompute import Recompute
 from .saved import SavedModule, TrainedWhole
 from .targets import find_saved, find_targets, tied_weights
@@ -45,8 +46,8 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
     """Inject adapters into ``model`` in place and freeze everything else; returns the same model.
 
     The layers that ``config.target_modules`` names become adapted ones (:class:`FusedSVDLinear`, :class:`FusedSVDEmbedding`,
-    :class:`FusedSVDConv2d`), the modules of ``modules_to_save`` get a
-    trained copy. At the start the outputs equal the base model's. All checks come before the first change.
+    :class:`FusedSVDConv2d`), the modules of ``modules_to_save`` get a trained copy. At the start the outputs equal the base model's. All
+    checks come before the first change.
 
     Args:
         model: any module; a bare ``nn.Linear`` cannot be replaced in itself: make a ``FusedSVDLinear`` of it.
@@ -124,6 +125,7 @@ def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[st
     keep_layers_called(model)
     model.igulora_bank = bank  # type: ignore[assignment]
     model.igulora_config = config  # type: ignore[assignment]
+    warn_when_saved(model)
     return model
 
 
@@ -295,6 +297,7 @@ def remove(model: nn.Module) -> nn.Module:
             swaps[id(saved)] = saved.module.requires_grad_(False) if merged else saved.original
     _replace(model, swaps)
     stop_averaging(model)
+    save_as_before(model)
     del model.igulora_bank
     del model.igulora_config
     return model

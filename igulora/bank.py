@@ -116,6 +116,7 @@ class Bank:
         mask, live: flat (triplets,): the masks the layers compute with, and which triplets live by the last allocation.
         row_table, slots: what every stored row is (:meth:`Layout.row_table`), and which row statistic it yields.
         score_table, matrix_table: rows and matrices as the kernels of scoring and of the orthogonality penalty walk them.
+        watched: one trained parameter of every layer that has any.
         layer_index, cost: int64 (triplets,): layer of each triplet, and its ``in + out``.
 
     Raises:
@@ -215,10 +216,10 @@ class Bank:
             next((p for p in (layer.lora_E, layer.lora_P, layer.lora_Q) if p.requires_grad and p.numel()), None)
             for layer in self.layers
         ]
-        watched = [p for p in trained if p is not None]
-        hooks = list(zip(watched, self.context.watch(len(watched)), strict=True))
+        self.watched = [p for p in trained if p is not None]
+        hooks = list(zip(self.watched, self.context.watch(len(self.watched)), strict=True))
         if self._on_gradient is not None:
-            hooks += [(p, self._on_gradient) for p in watched]
+            hooks += [(p, self._on_gradient) for p in self.watched]
         self._hooks: list[RemovableHandle] = [p.register_post_accumulate_grad_hook(hook) for p, hook in hooks]
 
     def on_gradient(self, hook: Callable[[Tensor], None] | None) -> None:

@@ -69,7 +69,11 @@ def batch_size(batch: Any) -> int:
         )
     sizes = {t.shape[0] for t in leaves}
     if len(sizes) > 1:
-        raise ValueError(f"expected tensors with one batch size in their first dimension, got sizes {sorted(sizes)}")
+        examples = isinstance(batch, list) and all(isinstance(example, Mapping) for example in batch)
+        hint = "; this is a list of examples: collate them into one mapping of tensors" if examples else ""
+        raise ValueError(
+            f"expected tensors with one batch size in their first dimension, got sizes {sorted(sizes)}{hint}"
+        )
     size = sizes.pop()
     if size == 0:
         raise ValueError("expected at least one sequence in the batch, got none")

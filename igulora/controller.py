@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from .errors import nearest
 from .importance import Importance
 from .kernels import orthogonality_grad_
 from .objective import LossFn, Objective, TrainFn
+from .optimizer_watch import OptimizerWatch
 from .path_pass import PathPasses
 from .rank_log import RankLog
 from .unwrap import check_wrappers, find_ddp, unwrap
@@ -78,6 +80,9 @@ class Controller:
         joint_mean: for batches of different sizes. DistributedDataParallel gives the batch of every process the same weight, and so path
             samples are averaged; with ``joint_mean`` losses and samples are weighed by their loss terms, so that gradients and scores are
             those of one process that has all the rows. Costs one all-reduce of a number per micro-batch.
+        start_step: optimizer steps that the adapter has behind it, where only the adapter was kept (:func:`igulora.load_checkpoint` goes on
+            with the scores, too). The budget goes on from there; allocations wait for three score updates. From the last allocation on, so
+            with ``start_step=config.total_steps``, ranks stay what they are.
 
     With several processes every one makes the same number of :meth:`backward` and :meth:`step` calls, in the same order: the path gradient
     is reduced once a window. Scores, masks and, with equal gradients, weights are bit-equal in all of them. With batches of one size (or
@@ -90,8 +95,8 @@ class Controller:
 
     Raises:
         ValueError: the model is not adapted, or wrapped by something that takes its adapters apart (says what to use), a traced name is
-            unknown, ``process_group`` is not that of the model's averaged gradients, pruning would start before three score updates, or a
-            mixed batch is asked of a model whose rows influence each other.
+            unknown, ``process_group`` is not that of the model's averaged gradients, pruning would start before three score updates, a
+            mixed batch is asked of a model whose rows influence each other, or a number is out of range.
     """
 
     def __init__(
@@ -102,9 +107,11 @@ class Controller:
         loss_terms: Callable[[Any], Tensor] | None = None,
         process_group: ProcessGroup | None = None,
         joint_mean: bool = False,
+        start_step: int = 0,
     ) -> None:
-        if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int) or accumulation_steps < 1:
-            raise ValueError(f"expected an int accumulation_steps >= 1, got {accumulation_steps!r}")
+        for name, number, least in (("accumulation_steps", accumulation_steps, 1), ("start_step", start_step, 0)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"expected an int {name} >= {least}, got {number!r}")
         check_wrappers(model)
         check_averaged(model)
         self._ddp = find_ddp(model)
@@ -126,12 +133,15 @@ class Controller:
         self.joint_mean = joint_mean
         self.importance = Importance(self.bank, self.config)
         self.allocator = Allocator(self.bank, self.config)
-        self.global_step = 0
+        self.global_step = start_step
+        self._start_step = start_step
         self.penalty: Tensor | None = None
         self._regularised = False
         self._ran_backward = False
         self.log = RankLog(self.bank, self.trace)
-        self._check_schedule()
+        self._optimizer = OptimizerWatch(model, self.bank)
+        if not start_step:
+            self._check_schedule()
         self._take_charge()
 
     def _take_charge(self) -> None:
@@ -334,7 +344,7 @@ class Controller:
             What was done. Nothing is read from the device.
 
         Raises:
-            ValueError: an allocation is due and there are too few score updates.
+            ValueError: an allocation is due and there are too few score updates; or no optimizer changed an adapter in the last steps.
         """
         bank, config = self.bank, self.config
         self._check_active()
@@ -342,8 +352,10 @@ class Controller:
         bank.refresh()
         self._follow_device()
         micro_batches = max(bank.context.unstepped, 1)
-        if bank.context.unstepped and not self._ran_backward:
-            self._check_own_backward()
+        if bank.context.unstepped:
+            if not self._ran_backward:
+                self._check_own_backward()
+            self._optimizer.check()
         scored = False
         if self._scoring:
             if config.estimator == "instantaneous":
@@ -352,12 +364,26 @@ class Controller:
             if scored:
                 self._update_scores()
         self.global_step += 1
-        due = config.adaptive and self.allocator.schedule.is_due(self.global_step)
+        due = config.adaptive and self.allocator.schedule.is_due(self.global_step) and not self._lacks_scores()
         if due:
             self.allocator.allocate(self.importance, self.global_step)
             self.log.allocated(self.global_step, self.budget)
         self._reset_step()
+        self._optimizer.keep()
         return StepInfo(self.global_step, self.budget, self.phase, scored, due)
+
+    def _lacks_scores(self) -> bool:
+        """Whether this allocation is left out because the scores of the steps before ``start_step`` are not there yet."""
+        if not (self._start_step and self.config.scored) or self.importance.updates >= MIN_UPDATES:
+            return False
+        if self.global_step >= self.config.prunes_until:
+            warnings.warn(
+                f"ranks stay what they were before step {self.global_step}: the last allocation needs {MIN_UPDATES} score updates, and "
+                f"there were {self.importance.updates} since training went on without its scores (igulora.load_checkpoint keeps them)",
+                stacklevel=3,
+            )
+            self.bank.mask.copy_(self.bank.live)
+        return True
 
     def _reset_step(self) -> None:
         self.bank.context.unstepped = 0
@@ -399,6 +425,7 @@ class Controller:
         meta = {
             "modules": {name: layer.r for name, layer in zip(self.bank.names, self.bank.layers, strict=True)},
             "global_step": self.global_step,
+            "start_step": self._start_step,
             "updates": scores["updates"],
             "initial_budget": self.allocator.schedule.initial,
             "passes": passes["meta"],
@@ -429,6 +456,7 @@ class Controller:
         self.allocator = Allocator(bank, self.config, initial=int(meta["initial_budget"]))
         self.passes.load_state_dict(tensors, meta["passes"])
         self.global_step = int(meta["global_step"])
+        self._start_step = int(meta.get("start_step", 0))
         self.log.load_state_dict(meta)
         self._reset_step()
         pending = meta.get("pending")  # format 1 saved between steps only

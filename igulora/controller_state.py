@@ -29,6 +29,8 @@ def check_controller_state(controller: Controller, state: dict[str, Any]) -> Non
     for key in _COUNTS:
         if not is_count(meta.get(key)):
             raise _damaged(f"a number of {key!r}", meta.get(key))
+    if not is_count(meta.get("start_step", 0)):
+        raise _damaged("a number of 'start_step'", meta["start_step"])
     names = controller.bank.names
     if not isinstance(meta.get("history"), list) or not all(is_event(e, set(names)) for e in meta["history"]):
         raise _damaged("a history of step, budget and ranks", meta.get("history"))

@@ -136,7 +136,8 @@ class PathPasses:
         config, bank = self.config, self.bank
         if not bank.has_grads:
             raise ValueError(
-                "expected the step's gradients in ctl.step(), got none; call it after optimizer.step() and before optimizer.zero_grad()"
+                "expected the step's gradients in ctl.step() (of PEFT's models update_and_allocate), got none; call it after "
+                "optimizer.step() and before optimizer.zero_grad()"
             )
         bank.bind_grads()
         if not self.reads_grad:

@@ -109,6 +109,10 @@ class IGULoraConfig(PeftConfig, IGUConfig):
             )
         self.r = _DEFAULT_RANK if self.r is None else self.r
         self.rank_pattern = self.rank_pattern or {}
+        if self.r == 0 and not self.rank_pattern:
+            raise ValueError(
+                "expected r >= 1, or a rank_pattern that gives some layers a rank, got r=0: no layer would be adapted"
+            )
         seed, self.seed = self.seed, 0 if self.seed is None else self.seed
         IGUConfig.__post_init__(self)
         self.seed = seed
@@ -131,7 +135,8 @@ class IGULoraConfig(PeftConfig, IGUConfig):
         unset = mine is None or (ours == "dropout" and mine == 0.0)
         if not unset and mine != value:
             raise ValueError(
-                f"expected one value for {ours} (AdaLoRA's {theirs}), got {ours}={mine!r} and {theirs}={value!r}; give one of them"
+                f"expected one value for {ours} (AdaLoRA's {theirs}), got {ours}={mine!r} and {theirs}={value!r}; give one of them "
+                "(dataclasses.replace carries both names over: give it both)"
             )
         setattr(self, ours, value)
 

@@ -6,12 +6,12 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..bank import Bank
 from ..config import IGUConfig
 from ..controller import Controller, StepInfo, add_orthogonality
+from ..optimizer_watch import overflowed
 
 
 class Stepper:
@@ -112,16 +112,16 @@ class Stepper:
             )
         stepped = name in self._micro_batches
         if controller is None:
-            if not stepped and not _overflowed(tuner.model):
+            if not stepped and not overflowed(tuner.model):
                 raise ValueError(
                     "expected an optimizer step with the adapter's gradients before update_and_allocate, got none; call it after "
                     "optimizer.step() and before optimizer.zero_grad(), with an optimizer of PyTorch that holds the adapter's parameters"
                 )
             passes = self._micro_batches[name] if stepped else bank.context.unstepped - self._passes.get(name, 0)
             micro_batches = max(passes, 1)
-            self._controllers[name] = controller = Controller(tuner, accumulation_steps=micro_batches)
+            start = max(global_step - 1, 0)
+            self._controllers[name] = controller = Controller(tuner, accumulation_steps=micro_batches, start_step=start)
             bank.context.unstepped = micro_batches
-            controller.global_step = max(global_step - 1, 0)
             controller.regularised_elsewhere()
         elif global_step != self._last[name] + 1:
             raise ValueError(
@@ -137,9 +137,3 @@ class Stepper:
 
 def _by_gradient(config: IGUConfig) -> bool:
     return config.adaptive and config.estimator == "instantaneous"
-
-
-def _overflowed(model: nn.Module) -> bool:
-    """Whether a loss scaler skips the step of these gradients (waits for the device)."""
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return not all(bool(torch.isfinite(grad).all()) for grad in grads)

@@ -228,6 +228,11 @@ def test_a_loss_that_is_no_scalar(net, config, trainer, batches, bad) -> None:
     ("batch", "error", "match"),
     [
         (torch.zeros(0, 8), ValueError, "at least one sequence"),
+        (
+            [{"x": torch.zeros(3)}, {"x": torch.zeros(5)}],
+            ValueError,
+            "sizes .3, 5.; this is a list of examples: collate them",
+        ),
         ("text", TypeError, "got str"),
         ((torch.zeros(2, 8), torch.zeros(3)), ValueError, r"sizes \[2, 3\]"),
     ],
@@ -460,3 +465,48 @@ def test_the_summary_is_what_the_other_attributes_say(net, config, trainer, batc
     assert summary["score_mean"] == pytest.approx(float(scores.mean()), rel=1e-5)
     assert (summary["score_min"], summary["score_max"]) == (float(scores.min()), float(scores.max()))
     assert summary["penalty"] == float(controller.penalty)
+
+
+def test_start_step_goes_on_along_the_schedule_when_the_scores_are_there(
+    net: Any, config: Any, batches: Any, run: Any, trainer: Any, loss_of: Any
+) -> None:
+    """Of a run that kept only its adapter. Of the allocations at 10, 12, 14 and 15 the first comes before the third score update."""
+    model, ctl, opt = trainer(net(), config(window=1))
+    run(model, ctl, opt, batches(9))
+    again = igulora.Controller(model, start_step=9)
+    assert (again.global_step, again.budget, again.phase) == (9, ctl.budget, "pruning")
+    infos = []
+    for batch in batches(11):
+        again.backward(loss_of(model), batch)
+        opt.step()
+        infos.append(again.step())
+        opt.zero_grad()
+    assert [info.step for info in infos if info.allocated] == [12, 14, 15]
+    assert sum(again.live_ranks().values()) == again.budget == 8
+    state = again.state_dict()
+    assert state["meta"]["start_step"] == 9
+
+
+def test_start_step_at_the_end_trains_a_finished_adapter_on(
+    net: Any, config: Any, batches: Any, run: Any, trainer: Any, tmp_path: Any
+) -> None:
+    model, ctl, opt = trainer(net(), config(orthogonality=0.1))
+    run(model, ctl, opt, batches(20))
+    igulora.save_adapter(model, tmp_path / "adapter")
+    fresh = igulora.load_adapter(net(), tmp_path / "adapter")
+    ctl = igulora.Controller(fresh, start_step=20)
+    before, ranks = ctl.bank.weight.clone(), ctl.live_ranks()
+    run(fresh, ctl, torch.optim.AdamW(igulora.param_groups(fresh, lr=1e-2)), batches(30))
+    assert ctl.live_ranks() == ranks
+    assert ctl.phase == "final"
+    assert ctl.history == []
+    assert not torch.equal(ctl.bank.weight, before)
+    pruned = ctl.bank.live == 0
+    assert pruned.any()
+    assert not ctl.bank.mask[pruned].any()
+
+
+@pytest.mark.parametrize("step", [-1, True, 2.0])
+def test_start_step_is_a_number_of_steps(step: Any, net: Any, config: Any) -> None:
+    with pytest.raises(ValueError, match="expected an int start_step >= 0, got"):
+        igulora.Controller(igulora.adapt(net(), config()), start_step=step)

@@ -65,6 +65,7 @@ def test_two_values_for_one_option_raise_and_name_both(theirs: str, ours: str) -
         ({"use_rslora": True}, "use_rslora"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
         ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
+        ({"r": 0, "target_rank": 0}, "no layer would be adapted"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_to_transform"),

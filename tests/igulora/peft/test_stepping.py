@@ -96,6 +96,41 @@ def test_gradients_that_nothing_stepped_with_are_an_error_at_first_and_the_loop_
     assert model.base_model.update_and_allocate(1).step == 1
 
 
+@pytest.mark.parametrize("stop", [3, 7, 8])
+def test_a_run_that_was_reloaded_waits_for_scores(stop: int, tmp_path: Any) -> None:
+    """PEFT's folders hold no scores. The schedule goes on where it was; the allocation after the third update is the next."""
+    model = adapted()
+    loop(model, optimizer(model), range(1, stop + 1))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+    again = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    infos = loop(again, optimizer(again), range(stop + 1, STEPS + 1))
+    assert [info.step for info in infos] == list(range(stop + 1, STEPS + 1))
+    due = [step for step in (6, 8, 10, 12) if step > stop + 2]
+    assert [info.step for info in infos if info.allocated] == due
+    assert sum(igulora.find_bank(again).ranks().values()) == 4
+
+
+def test_a_run_that_was_reloaded_just_before_its_last_allocation_keeps_its_ranks(tmp_path: Any) -> None:
+    model = adapted()
+    loop(model, optimizer(model), range(1, 11))
+    model.save_pretrained(tmp_path)
+    base = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+    again = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    before = igulora.find_bank(again).ranks()
+    opt = optimizer(again)
+    with pytest.warns(
+        UserWarning, match="ranks stay what they were before step 12: .* needs 3 score updates, and there were 1"
+    ):
+        loop(again, opt, range(11, 13))
+    infos = loop(again, opt, range(13, STEPS + 1))
+    bank = igulora.find_bank(again)
+    assert infos[-1].phase == "final"
+    assert bank.ranks() == before
+    assert torch.equal(bank.mask, bank.live)
+
+
 def test_an_adapter_that_gets_the_name_of_a_deleted_one_is_stepped_from_its_own_start() -> None:
     model = adapted()
     loop(model, optimizer(model), range(1, 6))
