@@ -284,8 +284,22 @@ class Steps:
 def items(setting: Setting) -> Iterator[tuple[str, Callable[[Deadline], dict[str, Any]]]]:
     """Building; eager steps of both batches, their profile, captured steps."""
     steps = Steps(setting)
-    yield "methods", steps.build
-    yield "eager", lambda deadline: steps.eager(steps.batch, list(METHODS), deadline.within(0.3))
-    yield "eager, long", lambda deadline: steps.eager(steps.long, list(_LONG), deadline.within(0.5))
-    yield "profile", steps.profile
-    yield "graphs", lambda deadline: captured(steps, deadline)
+    runs: dict[str, Callable[[Deadline], dict[str, Any]]] = {
+        "methods": steps.build,
+        "eager": lambda deadline: steps.eager(steps.batch, list(METHODS), deadline.within(0.3)),
+        "eager, long": lambda deadline: steps.eager(steps.long, list(_LONG), deadline.within(0.5)),
+        "profile": steps.profile,
+        "graphs": lambda deadline: captured(steps, deadline),
+    }
+    for name, run in runs.items():
+        yield name, _by_reference(run) if setting.tiny else run
+
+
+def _by_reference(run: Callable[[Deadline], dict[str, Any]]) -> Callable[[Deadline], dict[str, Any]]:
+    """Triton's interpreter would take a minute for these steps, and layers and kernels are interpreted anyway."""
+
+    def plainly(deadline: Deadline) -> dict[str, Any]:
+        with use_backend("reference"):
+            return run(deadline)
+
+    return plainly

@@ -28,7 +28,7 @@ class OptimizerWatch:
         self._counts = self._count()
         self._idle = 0
         self._kept: Tensor | None = None
-        self._uncounted = False
+        self._settled = False  # found to step, though past the count
 
     def _count(self) -> list[int]:
         return [p._version for p in self._bank.watched]
@@ -39,19 +39,26 @@ class OptimizerWatch:
         Raises:
             ValueError: no adapter was written to in several steps that had finite gradients, or none any more.
         """
-        counts = [] if self._uncounted else self._count()
+        counts = [] if self._settled or self._bank.weight.is_meta else self._count()
         if counts != self._counts or not counts:
             self._counts, self._idle, self._kept = counts, 0, None
             return
         self._idle += 1
-        if self._idle < _PATIENCE or self._kept is None:
+        if self._idle < _PATIENCE or self._kept is None or _capturing(self._kept):
             return
-        if not torch.equal(self._kept, self._bank.weight):
-            self._uncounted, self._kept = True, None
+        kept, weight, vectors = self._kept, self._bank.weight, self._bank.layout.lambda_offset
+        moved = (kept.shape, kept.device) != (weight.shape, weight.device)
+        if moved or not torch.equal(kept, weight):
+            # An allocation writes to lambda as well: alone it does not tell.
+            self._settled = not moved and not torch.equal(kept[:vectors], weight[:vectors])
+            self._idle, self._kept = 0, None
             return
         if overflowed(self._model):
             return
         if self._bank.has_grads:
+            self._settled = not bool(self._bank.grad.any())
+            if self._settled:
+                return  # data without a gradient change nothing: it cannot be told
             found = (
                 "none, though there are gradients. Call it before ctl.step(), with an optimizer that holds the adapters' parameters "
                 "(igulora.param_groups(model)) and has a learning rate above 0"
@@ -66,8 +73,12 @@ class OptimizerWatch:
 
     def keep(self) -> None:
         """Call at the end of each step, when the adapters are what the next training pass will find."""
-        if self._idle >= _PATIENCE - 1 and self._kept is None:
+        if self._idle and self._kept is None:
             self._kept = self._bank.weight.clone()
+
+
+def _capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def overflowed(model: nn.Module) -> bool:

@@ -16,6 +16,8 @@ from igulora.quadrature import path_factors
 from ..cases import Case
 from .method import Adapted, Batch, Method, Sampled
 
+_SETTLED = 12  # steps
+
 
 def _weight(W0: Tensor, values: dict[str, Tensor], mask: Tensor, scale: float) -> Tensor:
     return W0 + scale * (values["P"].t() * (mask.to(W0.dtype) * values["E"])) @ values["Q"]
@@ -56,9 +58,13 @@ class Igulora(Method):
         self._info = self.controller.step()
 
     def prepare(self, small: Batch) -> None:
-        """Four windows: three precede the first allocation, the last shows where in a window path rows come."""
+        """Whole windows, at least four: three precede the first allocation, the next shows where in a window path rows come.
+
+        And enough steps for the controller to have seen that the optimizer steps, which it looks at once.
+        """
         self._sampled.clear()
-        for _ in range(4 * self.config.window):
+        window = self.config.window
+        for _ in range(max(4, -(-_SETTLED // window)) * window):
             self.step(small)
 
     def _kind(self, position: int) -> str:

@@ -319,6 +319,7 @@ def test_path_rows_without_a_label_are_no_fault_of_the_loss() -> None:
     options = igulora.IGUConfig(r=2, total_steps=40, window=2, ig_every=1, ig_fraction=0.25, init_lambda=0.5)
     igulora.adapt(model, options)
     controller = igulora.Controller(model)
+    opt = torch.optim.SGD(igulora.param_groups(model, lr=1e-3))
 
     def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return nn.functional.cross_entropy(model(batch["ids"]).transpose(1, 2), batch["labels"], ignore_index=-100)
@@ -328,6 +329,7 @@ def test_path_rows_without_a_label_are_no_fault_of_the_loss() -> None:
     labels[:2] = -100
     for _ in range(12):  # whichever row is drawn
         controller.backward(loss, {"ids": ids, "labels": labels})
+        opt.step()
         controller.step()
         assert model[1].lora_Q.grad.isfinite().all()
         assert controller.bank.path.isfinite().all()
