@@ -16,6 +16,7 @@ from .config import IGUConfig
 from .context import PathContext
 from .distributed import stop_averaging
 from .errors import MergeWarning, nearest
+from .exchange import put_aside
 from .experts import AdaptedExperts, ExpertLinear, ExpertSlice, bases_of, find_slices, wrap_experts
 from .layers import AdaptedLayer, wrap
 from .pretrained import save_as_before, warn_when_saved
@@ -26,12 +27,17 @@ from .unwrap import reshard, unwrap
 
 
 def rank_of(name: str, config: IGUConfig, parameter: str | None = None) -> int:
-    """Triplets that ``config`` stores for the layer of that full name, or for that slice of ``parameter``."""
+    """Triplets that live at the start in the layer of that full name, or in that slice of ``parameter``."""
     for known in (name, parameter):
         for ending, rank in config.rank_pattern.items():
             if known is not None and (known == ending or known.endswith("." + ending)):
                 return rank
-    return config.initial_rank
+    return config.live_rank
+
+
+def stored_rank(rank: int, config: IGUConfig) -> int:
+    """Triplets that are stored where ``rank`` live at the start: with those that the layer may gain."""
+    return config.initial_rank if config.bidirectional and rank else rank
 
 
 def _replace(model: nn.Module, swaps: dict[int, nn.Module]) -> None:
@@ -71,7 +77,10 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
                 f"expected rank_pattern to name adapted layers, got {ending!r}, which matches none.{nearest(ending, known)}"
             )
     names = [name for name in bases_of(model) if name in layers or name in slices]
-    return inject(model, config, names, saved, [rank_of(name, config, slices.get(name)) for name in names])
+    ranks = [rank_of(name, config, slices.get(name)) for name in names]
+    inject(model, config, names, saved, [stored_rank(rank, config) for rank in ranks])
+    put_aside(find_bank(model), ranks)
+    return model
 
 
 def check_plain(model: nn.Module) -> None:

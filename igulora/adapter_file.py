@@ -260,6 +260,11 @@ def _check_fields(meta: dict[str, Any], path: Path) -> None:
 
 def is_event(event: Any, names: Any) -> bool:
     """Whether ``event`` is an entry of :attr:`igulora.Controller.history` for the modules ``names``."""
+    importance = event.get("importance") if isinstance(event, dict) else None
+    if importance is not None:
+        named = isinstance(importance, dict) and importance.keys() == names
+        if not named or not all(type(value) in (int, float) and math.isfinite(value) for value in importance.values()):
+            return False
     return (
         isinstance(event, dict)
         and is_count(event.get("step"))

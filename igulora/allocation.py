@@ -10,17 +10,14 @@ from torch import Tensor
 from .bank import Bank
 from .batches import on_device
 from .budget import BudgetSchedule
-from .config import MIN_UPDATES, IGUConfig
+from .config import IGUConfig
+from .exchange import Exchange
 from .importance import Importance
 from .kernels import allocate_triplets
 
 
 def _score_policy(bank: Bank, importance: Importance, config: IGUConfig) -> Tensor:
-    if importance.updates < MIN_UPDATES:
-        raise ValueError(
-            f"expected at least {MIN_UPDATES} score updates before an allocation, got {importance.updates}: after the first every "
-            "weight scores the same. Allocate later (t_init), or score more often (window)"
-        )
+    importance.check_settled()
     return importance.triplet_scores()
 
 
@@ -71,6 +68,20 @@ class Allocator:
         self._table: Tensor | None = None
         self._first = -1  # the step that the table begins with
 
+    @property
+    def initial_budget(self) -> int:
+        """What the budget began with."""
+        return self.schedule.initial
+
+    @property
+    def target(self) -> int:
+        """What the budget ends with."""
+        return self.schedule.target
+
+    def budget(self, step: int) -> int:
+        """b(step), in ``budget_unit``."""
+        return self.schedule.budget(step)
+
     def _budget(self, step: int) -> Tensor:
         """b(step), () int64 on the device: one of a table that goes there now and then, so that an allocation launches nothing for it."""
         first, device = step - step % _TABLE, self.bank.device
@@ -80,8 +91,10 @@ class Allocator:
         return self._table[step - first]
 
     @torch.no_grad()
-    def allocate(self, importance: Importance, step: int) -> None:
-        """Choose b(step) triplets and write live mask, lambdas and, once ranks are fixed, the masks of the layers.
+    def allocate(
+        self, importance: Importance, step: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> dict[str, float] | None:
+        """Choose b(step) triplets and write live mask, lambdas and, once ranks are fixed, the masks of the layers; ``optimizer`` stays.
 
         Raises:
             ValueError: the policy needs scores and fewer than three updates were made.
@@ -100,3 +113,9 @@ class Allocator:
         bank.lambdas.mul_(live)  # soft: a pruned lambda is 0 now and may grow back until the next allocation
         if config.prune == "hard" or self.schedule.phase(step) == "final":
             bank.mask.copy_(live)
+        return None
+
+
+def allocator_of(bank: Bank, config: IGUConfig, initial: int | None = None) -> Allocator | Exchange:
+    """What allocates the triplets of ``bank``; ``initial`` as in :class:`Allocator`."""
+    return Exchange(bank, config) if config.bidirectional else Allocator(bank, config, initial)

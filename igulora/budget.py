@@ -46,3 +46,42 @@ class BudgetSchedule:
         """Step of the first allocation."""
         due = (self.t_init // self.delta_t + 1) * self.delta_t
         return min(due, self.t_end)
+
+
+@dataclass(frozen=True)
+class ExchangeSchedule:
+    """``b(t) = round(b0 (1 - (t - t_i)/(T - t_f))^3)``: how many triplets are lost, and gained, at an adjustment (ALGORITHMS 4; FlexLoRA).
+
+    0 outside t_i < t < T - t_f. The denominator is the source's: something is left to move at the end.
+
+    Args:
+        moves: b0, triplets at the beginning.
+        t_init, t_end, delta_t: t_i, T - t_f and the interval of adjustments, in optimizer steps.
+    """
+
+    moves: int
+    t_init: int
+    t_end: int
+    delta_t: int
+
+    def moves_at(self, step: int) -> int:
+        """b(step), rounded half up."""
+        if not self.t_init < step < self.t_end:
+            return 0
+        left = max(1 - (step - self.t_init) / self.t_end, 0.0)
+        return int(self.moves * left**3 + 0.5)
+
+    def is_due(self, step: int) -> bool:
+        """Whether triplets move after ``step``."""
+        return step % self.delta_t == 0 and self.moves_at(step) > 0
+
+    def phase(self, step: int) -> str:
+        """ "warmup" (nothing moves yet), "pruning" (triplets move) or "final" (ranks fixed)."""
+        if step <= self.t_init:
+            return "warmup"
+        return "pruning" if step < self.t_end else "final"
+
+    @property
+    def first_allocation(self) -> int:
+        """Step of the first adjustment."""
+        return min((self.t_init // self.delta_t + 1) * self.delta_t, self.t_end)

@@ -45,6 +45,11 @@ def compact(
     _check_fixed(bank)
     if controller is not None and controller.bank is not bank:
         raise ValueError("expected the controller of this model, got one of another model")
+    if controller is not None and controller.config.bidirectional and controller.phase != "final":
+        raise ValueError(
+            f"expected fixed ranks, got step {controller.global_step} of a run whose matrices may still gain triplets: masked rows are "
+            f"kept for those. Compact after step {controller.config.prunes_until}"
+        )
     bank.bind_grads()  # after zero_grad(set_to_none=True) the flat gradient still holds the last step's
     kept = bank.mask > 0
     keep = [torch.nonzero(kept[bank.starts[i] : bank.starts[i + 1]]).flatten() for i in range(len(bank.layers))]

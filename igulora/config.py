@@ -21,6 +21,7 @@ _SHARED: dict[str, Any] = {
     "lambda_score": "magnitude",
     "init": "orthonormal",
     "orthogonality": 0.1,
+    "importance": "sensitivity",
 }
 METHODS: dict[str, dict[str, Any]] = {
     "igu": _SHARED,
@@ -28,7 +29,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {**_SHARED, "estimator": "instantaneous", "init": "lora", "orthogonality": 0.0},
     "random": {**_SHARED, "estimator": "instantaneous"},
     "magnitude": {**_SHARED, "estimator": "instantaneous"},
-}
+    "flexlora": {
+        **_SHARED, "estimator": "instantaneous", "combine": "product", "lambda_score": "score", "window": 1, "importance": "entropy",
+    },
+    "igu-flex": _SHARED,
+}  # fmt: skip
+# Methods that move triplets from matrix to matrix, under a total that stays (ALGORITHMS 4).
+BIDIRECTIONAL = ("flexlora", "igu-flex")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
     "init": ("orthonormal", "gaussian", "lora"),
@@ -43,6 +50,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "budget_unit": ("rank", "parameters"),
     "prune": ("soft", "hard"),
     "orthogonality_form": ("full", "offdiagonal"),
+    "importance": ("entropy", "nuclear", "frobenius", "sensitivity"),
+    "direction": ("both", "prune", "expand"),
+    "new_directions": ("zero-impact", "zeros", "orthogonal"),
 }
 # How often, and on which share of the sequences, an estimator samples. Ours: what the rule of the fidelity study picks
 # (benchmarks/results/fidelity; a test holds it against that), 1.6% more sequences. The paper's own: every micro-batch.
@@ -74,6 +84,12 @@ class IGUConfig:
 
     Budget (2.4): ``total_steps`` T, ``t_init`` t_i, ``t_final`` t_f, ``delta_t`` (all in optimizer steps), ``budget_unit``,
     ``min_rank``, ``prune``, ``orthogonality`` gamma, ``orthogonality_form``.
+
+    Moving triplets between matrices (4; FlexLoRA), for methods "flexlora" and "igu-flex": ``max_rank`` (triplets that a matrix may have;
+    twice the rank at the start by default), ``moves`` b0 (how many matrices lose one, and gain one, at the first adjustment; a quarter of
+    them by default), ``importance`` (of a matrix: entropy, nuclear norm or Frobenius norm of its lambda, or the mean sensitivity of its
+    triplets), ``direction``, ``new_directions`` (how a gained triplet starts). The total stays, so that ``target_rank`` is the rank at the
+    start, ``r`` by default.
 
     Raises:
         ValueError, TypeError: an option is unknown, out of range, or does not fit another; says what was expected.
@@ -118,6 +134,11 @@ class IGUConfig:
     prune: str = "soft"
     orthogonality: float | None = None
     orthogonality_form: str = "full"
+    max_rank: int | None = None
+    moves: int | None = None
+    importance: str | None = None
+    direction: str = "both"
+    new_directions: str = "zero-impact"
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
@@ -128,12 +149,14 @@ class IGUConfig:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.target_rank is None:
-            self.target_rank = self.r // 2 if self.adaptive and isinstance(self.r, int) else self.r
+            shrinks = self.adaptive and not self.bidirectional
+            self.target_rank = self.r // 2 if shrinks and isinstance(self.r, int) else self.r
         if self.nodes is None:
             self.nodes = 3 if self.estimator == "gauss" else 20
         for name, options in CHOICES.items():
             check_choice(name, getattr(self, name), options)
         self._check_numbers()
+        self._check_exchange()
         if self.adaptive:
             self._fill_schedule()
             self._check_schedule()
@@ -144,20 +167,30 @@ class IGUConfig:
         return self.method != "lora"
 
     @property
+    def bidirectional(self) -> bool:
+        """Whether triplets move from matrix to matrix, instead of being pruned ("flexlora", "igu-flex")."""
+        return self.method in BIDIRECTIONAL
+
+    @property
     def scored(self) -> bool:
-        """Whether allocation needs importance scores (not for the controls "random" and "magnitude")."""
-        return self.method in ("igu", "adalora")
+        """Whether allocation needs importance scores: not for the controls "random" and "magnitude", nor where spectra are looked at."""
+        return self.method in ("igu", "adalora") or (self.bidirectional and self.importance == "sensitivity")
+
+    @property
+    def live_rank(self) -> int:
+        """Triplets per matrix that live at the start: ``r``, or ``target_rank`` where the total does not shrink."""
+        assert self.target_rank is not None
+        return self.r if self.adaptive and not self.bidirectional else self.target_rank
 
     @property
     def initial_rank(self) -> int:
-        """Triplets stored per matrix at the start: ``r``, or ``target_rank`` for the fixed-rank "lora"."""
-        assert self.target_rank is not None
-        return self.r if self.adaptive else self.target_rank
+        """Triplets stored per matrix at the start: those that live, or ``max_rank`` where a matrix may gain some."""
+        return self.max_rank if self.bidirectional and self.max_rank is not None else self.live_rank
 
     @property
     def scale(self) -> float:
         """``s = lora_alpha / r_init``, constant for the whole run."""
-        r = self.initial_rank
+        r = self.live_rank
         return 1.0 if self.lora_alpha is None or r == 0 else self.lora_alpha / r
 
     @property
@@ -211,6 +244,40 @@ class IGUConfig:
             raise ValueError(f"expected a finite init_lambda, got {self.init_lambda}")
         # A window scores at least one micro-batch; AdaLoRA's window of one is the case in point.
         self.ig_every = min(self.ig_every, self.window)  # type: ignore[type-var]
+
+    def _check_exchange(self) -> None:
+        """Options of the methods that move triplets."""
+        if not self.bidirectional:
+            defaults = {"max_rank": None, "moves": None, "direction": "both", "new_directions": "zero-impact"}
+            given = [name for name, value in defaults.items() if getattr(self, name) != value]
+            given += ["importance"] if self.importance != "sensitivity" else []
+            if given:
+                raise ValueError(
+                    f"expected {', '.join(given)} with method {' or '.join(BIDIRECTIONAL)} only, got method={self.method!r}; leave it out"
+                )
+            return
+        if self.live_rank < 1:
+            raise ValueError(f"expected a rank of at least 1 for method={self.method!r}, got {self.live_rank}")
+        if self.max_rank is None:
+            self.max_rank = max(2 * self.live_rank, *self.rank_pattern.values(), 0)
+        for name, low in (("max_rank", 1), ("moves", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ValueError(f"expected {name} to be an int >= {low}, got {value!r}")
+        largest = max(self.live_rank, *self.rank_pattern.values(), 0)
+        if self.max_rank < largest:
+            raise ValueError(
+                f"expected max_rank >= {largest}, the rank at the start, got {self.max_rank}: matrices gain triplets up to max_rank"
+            )
+        for name, value, wanted in (
+            ("init", self.init, ("orthonormal", "gaussian")),
+            ("budget_unit", self.budget_unit, ("rank",)),
+        ):
+            if value not in wanted:
+                raise ValueError(
+                    f"expected {name} of {' or '.join(map(repr, wanted))} for method={self.method!r}, which moves triplets and looks at "
+                    f"lambda, got {value!r}"
+                )
 
     def _fill_schedule(self) -> None:
         if self.total_steps is None:

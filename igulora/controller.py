@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .allocation import Allocator
+from .allocation import allocator_of
 from .bank import Bank, find_bank, find_config
 from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
@@ -83,6 +83,8 @@ class Controller:
         start_step: optimizer steps that the adapter has behind it, where only the adapter was kept (:func:`igulora.load_checkpoint` goes on
             with the scores, too). The budget goes on from there; allocations wait for three score updates. From the last allocation on, so
             with ``start_step=config.total_steps``, ranks stay what they are.
+        optimizer: that trains the adapters, for methods whose matrices gain triplets ("flexlora", "igu-flex"): its moments of a new one
+            start at zero. May be set later, as an attribute.
 
     With several processes every one makes the same number of :meth:`backward` and :meth:`step` calls, in the same order: the path gradient
     is reduced once a window. Scores, masks and, with equal gradients, weights are bit-equal in all of them. With batches of one size (or
@@ -108,6 +110,7 @@ class Controller:
         process_group: ProcessGroup | None = None,
         joint_mean: bool = False,
         start_step: int = 0,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         for name, number, least in (("accumulation_steps", accumulation_steps, 1), ("start_step", start_step, 0)):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
@@ -132,7 +135,8 @@ class Controller:
         self.passes = PathPasses(model, self.bank, self.config, loss_terms, self.processes)
         self.joint_mean = joint_mean
         self.importance = Importance(self.bank, self.config)
-        self.allocator = Allocator(self.bank, self.config)
+        self.allocator = allocator_of(self.bank, self.config)
+        self.optimizer = optimizer
         self.global_step = start_step
         self._start_step = start_step
         self.penalty: Tensor | None = None
@@ -176,7 +180,7 @@ class Controller:
         """Triplets (or parameters, by ``budget_unit``) allowed at the current step."""
         if not self.config.adaptive:
             return self.bank.triplets
-        return self.allocator.schedule.budget(self.global_step)
+        return self.allocator.budget(self.global_step)
 
     @property
     def phase(self) -> str:
@@ -341,10 +345,11 @@ class Controller:
         """Call after ``optimizer.step()`` and before ``zero_grad()``: scores when a window is complete, budget, masks.
 
         Returns:
-            What was done. Nothing is read from the device.
+            What was done. Nothing is read from the device, but by methods that move triplets, when they do.
 
         Raises:
-            ValueError: an allocation is due and there are too few score updates; or no optimizer changed an adapter in the last steps.
+            ValueError: an allocation is due and there are too few score updates, or no optimizer is known and one is needed; or no
+                optimizer changed an adapter in the last steps.
         """
         bank, config = self.bank, self.config
         self._check_active()
@@ -366,8 +371,8 @@ class Controller:
         self.global_step += 1
         due = config.adaptive and self.allocator.schedule.is_due(self.global_step) and not self._lacks_scores()
         if due:
-            self.allocator.allocate(self.importance, self.global_step)
-            self.log.allocated(self.global_step, self.budget)
+            seen = self.allocator.allocate(self.importance, self.global_step, self.optimizer)
+            self.log.allocated(self.global_step, self.budget, seen)
         self._reset_step()
         self._optimizer.keep()
         return StepInfo(self.global_step, self.budget, self.phase, scored, due)
@@ -427,7 +432,7 @@ class Controller:
             "global_step": self.global_step,
             "start_step": self._start_step,
             "updates": scores["updates"],
-            "initial_budget": self.allocator.schedule.initial,
+            "initial_budget": self.allocator.initial_budget,
             "passes": passes["meta"],
             # Of a step under way: its gradients are the model's to keep (save_checkpoint does).
             "pending": {
@@ -453,7 +458,7 @@ class Controller:
         bank = self.bank
         self.importance.load_state_dict({**tensors, "updates": meta["updates"]})
         bank.live = tensors["live"].to(bank.device, bank.dtype)
-        self.allocator = Allocator(bank, self.config, initial=int(meta["initial_budget"]))
+        self.allocator = allocator_of(bank, self.config, initial=int(meta["initial_budget"]))
         self.passes.load_state_dict(tensors, meta["passes"])
         self.global_step = int(meta["global_step"])
         self._start_step = int(meta.get("start_step", 0))

@@ -63,6 +63,11 @@ def read_peft(directory: str | Path, config: IGUConfig | None = None, *, step: i
         raise ValueError(
             "expected either a config to go on with or the step of the folder's own schedule, got both; leave one out"
         )
+    if config is not None and config.bidirectional:
+        raise ValueError(
+            f"expected a method that starts from the ranks in the folder, got method={config.method!r}, which keeps rows in reserve; use "
+            '"igu", "adalora" or "lora"'
+        )
     meta = PeftConfig.read(directory)
     if step is not None and meta.kind != "ADALORA":
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .bank import Bank
-from .config import IGUConfig
+from .config import MIN_UPDATES, IGUConfig
 from .kernels import importance_update
 
 
@@ -74,6 +74,14 @@ class Importance:
         self.stats = stats.view(4, 3, bank.triplets)
         self.terms = self.stats[0]
         self.updates += 1
+
+    def check_settled(self) -> None:
+        """Raise ValueError where fewer than three updates were made: after the first every weight scores the same."""
+        if self.updates < MIN_UPDATES:
+            raise ValueError(
+                f"expected at least {MIN_UPDATES} score updates before an allocation, got {self.updates}: after the first every "
+                "weight scores the same. Allocate later (t_init), or score more often (window)"
+            )
 
     def triplet_scores(self) -> Tensor:
         """``S_i = s_lambda + mean_k score(P_ik) + mean_k score(Q_ik)`` (Eq. 3), (triplets,).

@@ -45,7 +45,7 @@ class Preset:
         ``window``) are set for "igu" only; the other methods have values of their own for them.
         """
         names = ["r", "target_rank", "t_init", "delta_t", "t_final", "beta1", "beta2", "eps", "orthogonality"]
-        if method == "igu":
+        if method in ("igu", "igu-flex"):
             names += ["estimator", "nodes", "window", "include_f0"]
         elif method == "lora":
             names = ["r", "target_rank"]

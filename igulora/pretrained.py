@@ -26,6 +26,6 @@ def warn_when_saved(model: nn.Module) -> None:
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
 
 
-def save_as_before(model: nn.Module) -> None:
-    """Undo :func:`warn_when_saved`."""
-    vars(model).pop("save_pretrained", None)
+def save_as_before(model: nn.Module) -> bool:
+    """Undo :func:`warn_when_saved`; returns whether there was anything to undo."""
+    return vars(model).pop("save_pretrained", None) is not None

@@ -23,13 +23,16 @@ class RankLog:
 
     def __init__(self, bank: Bank, trace: list[str]) -> None:
         self.bank, self.trace = bank, trace
-        # Per allocation: step, budget, live mask, and the number of each module's first triplet in it.
-        self._events: list[tuple[int, int, Tensor, list[int]]] = []
+        # Per allocation: step, budget, live mask, the number of each module's first triplet in it, and each module's importance.
+        self._events: list[tuple[int, int, Tensor, list[int], dict[str, float] | None]] = []
         self._series: list[tuple[int, Tensor]] = []
 
-    def allocated(self, step: int, budget: int) -> None:
-        """Note the bank's new live mask. (An allocation makes one anew: it is kept, and its ranks are counted when somebody asks.)"""
-        self._events.append((step, budget, self.bank.live, self.bank.starts))
+    def allocated(self, step: int, budget: int, importance: dict[str, float] | None = None) -> None:
+        """Note the bank's new live mask, and what the modules were ranked by where whole matrices are.
+
+        An allocation makes a mask anew: it is kept, and its ranks are counted when somebody asks.
+        """
+        self._events.append((step, budget, self.bank.live, self.bank.starts, importance))
 
     def scored(self, step: int, importance: Importance) -> None:
         """Note the statistics of the traced modules after a score update."""
@@ -38,12 +41,16 @@ class RankLog:
             self._series.append((step, torch.stack([stats[k] for k in ("y", "mean", "deviation")])))
 
     def history(self) -> list[dict[str, Any]]:
-        """One entry per allocation: step, budget and the live rank of every module (synchronises with the device)."""
-        out = []
-        for step, budget, live, starts in self._events:
+        """One entry per allocation: step, budget and the live rank of every module (synchronises with the device).
+
+        Where matrices are ranked as wholes ("flexlora", "igu-flex"), also the "importance" of every module that it was decided by.
+        """
+        out: list[dict[str, Any]] = []
+        for step, budget, live, starts, importance in self._events:
             values = live.tolist()
             ranks = [int(sum(values[a:b])) for a, b in itertools.pairwise(starts)]
-            out.append({"step": step, "budget": budget, "ranks": dict(zip(self.bank.names, ranks, strict=True))})
+            entry = {"step": step, "budget": budget, "ranks": dict(zip(self.bank.names, ranks, strict=True))}
+            out.append(entry if importance is None else {**entry, "importance": importance})
         return out
 
     def series(self, eps: float) -> dict[str, list[dict[str, float]]]:
@@ -71,7 +78,13 @@ class RankLog:
         """Go on from :meth:`state_dict`; series of other modules than the traced ones are dropped."""
         each = list(range(len(self.bank.names) + 1))  # of past allocations the ranks are known, one number per module
         self._events = [
-            (int(e["step"]), int(e["budget"]), torch.tensor([e["ranks"][name] for name in self.bank.names]), each)
+            (
+                int(e["step"]),
+                int(e["budget"]),
+                torch.tensor([e["ranks"][name] for name in self.bank.names]),
+                each,
+                e.get("importance"),
+            )
             for e in state["history"]
         ]
         self._series = []

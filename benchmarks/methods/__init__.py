@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .layer_libraries import LoraFusion, PeftLiger, PeftUnsloth
 from .method import Adapted, Batch, Floor, FloorTwice, Method, Sampled
-from .ours import AsAdaLora, Igulora, Instantaneous, Lean, OnPath
+from .ours import AsAdaLora, FlexLora, IguFlex, Igulora, Instantaneous, Lean, OnPath
 from .peft_methods import PeftAdaLora, PeftDora, PeftLora, PeftLoraNarrow, quiet_peft
 from .release import Release, ReleaseFinal
 
@@ -17,6 +17,8 @@ METHODS: dict[str, type[Method]] = {
         Lean,
         OnPath,
         AsAdaLora,
+        FlexLora,
+        IguFlex,
         PeftLora,
         PeftLoraNarrow,
         PeftDora,
@@ -47,8 +49,10 @@ __all__ = [
     "Adapted",
     "AsAdaLora",
     "Batch",
+    "FlexLora",
     "Floor",
     "FloorTwice",
+    "IguFlex",
     "Igulora",
     "Instantaneous",
     "Lean",

@@ -45,7 +45,7 @@ class Igulora(Method):
         )
         super().__init__(igulora.adapt(model, self.config), case)
         self._optimize(igulora.param_groups(self.model, lr=1e-4))
-        self.controller = igulora.Controller(self.model)
+        self.controller = igulora.Controller(self.model, optimizer=self.optimizer)
         self._sampled: list[bool] = []
         self._info: igulora.StepInfo | None = None
 
@@ -131,6 +131,22 @@ class Instantaneous(Igulora):
     name = "instantaneous"
     title = "igulora, no path rows (`instantaneous`), scores every step"
     options: ClassVar[dict[str, object]] = {"estimator": "instantaneous", "window": 1}
+
+
+class FlexLora(Instantaneous):
+    """FlexLoRA: triplets move between matrices by their spectra."""
+
+    name = "flexlora"
+    title = "igulora, FlexLoRA"
+    options: ClassVar[dict[str, object]] = {"method": "flexlora"}
+
+
+class IguFlex(Igulora):
+    """Triplets move between matrices by their path scores."""
+
+    name = "igu-flex"
+    title = "igulora, triplets moved by path scores, averaged over a scoring window"
+    options: ClassVar[dict[str, object]] = {"method": "igu-flex"}
 
 
 class Lean(Igulora):

@@ -28,7 +28,8 @@ DEMO_PATH: dict[str, Any] = {"window": 4, "ig_every": 2}
 DEMO_ROWS = (320, 125)
 
 _CONFIG_HELP = {
-    "method": "how ranks are chosen: igu and adalora score, lora keeps them, random and magnitude are controls",
+    "method": "how ranks are chosen: igu and adalora score and prune, flexlora and igu-flex move triplets between matrices, lora keeps "
+    "them, random and magnitude are controls",
     "r": "triplets per matrix at the start",
     "target_rank": "triplets per matrix after pruning, on average (all of them for lora)",
     "lora_alpha": "the update is scaled by lora_alpha / r (default: r)",
@@ -65,6 +66,11 @@ _CONFIG_HELP = {
     "prune": "pruned triplets may grow back until the final phase (soft) or not (hard)",
     "orthogonality": "weight of the orthogonality penalty",
     "orthogonality_form": "penalise P P' - I as a whole or off its diagonal",
+    "max_rank": "triplets that a matrix may have at most (flexlora, igu-flex; default: twice the rank at the start)",
+    "moves": "matrices that lose a triplet, and that gain one, at the first adjustment (default: a quarter of them)",
+    "importance": "what matrices are ranked by: the entropy or a norm of their singular values, or the mean score of their triplets",
+    "direction": "triplets move (both), or are only lost or only gained",
+    "new_directions": "vectors of a gained triplet: Gaussian (zero-impact), zero, or Gaussian made orthogonal to the others",
 }
 _RUN_HELP = {
     "task": "what the rows are",
@@ -168,7 +174,7 @@ def resolve(args: argparse.Namespace, demo_data: bool) -> tuple[RunSettings, dic
     run_given, config_given = given(args, RunSettings), given(args, IGUConfig)
     method = config_given.get("method", "igu")
     run_values = dict(DEMO_SETTINGS) if demo_data else {}
-    config_values = dict(DEMO_CONFIG) | (DEMO_PATH if method == "igu" else {}) if demo_data else {}
+    config_values = dict(DEMO_CONFIG) | (DEMO_PATH if method in ("igu", "igu-flex") else {}) if demo_data else {}
     if args.preset:
         preset = get_preset(args.preset)
         run_values |= preset.run_options()

@@ -68,7 +68,7 @@ def load_best(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     file = restore_adapter(adapted_part(model), adapter_folder(model, folder))
     history, config = file.meta["history"], file.config
     reached = history[-1]["step"] if history else 0
-    if config.adaptive and reached < config.prunes_until:
+    if config.adaptive and not config.bidirectional and reached < config.prunes_until:
         logger.warning(
             "The best checkpoint %s is from before the ranks became final (step %s): %s triplets live. "
             "Begin to evaluate later (eval_delay) to choose among models of the target size.",

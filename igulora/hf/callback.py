@@ -16,6 +16,7 @@ from ..bank import Bank, find_bank, find_config
 from ..controller import Controller
 from ..folders import place
 from ..path_pass import other_trainables
+from ..pretrained import save_as_before, warn_when_saved
 from ..saved_adapter import restore_adapter, save_adapter
 from .adapted import adapted_part, adapter_folder, check_steps, load_best
 
@@ -55,6 +56,7 @@ class IGUCallback(TrainerCallback):
         self.resume_from = resume_from
         self.controller: Controller | None = None
         self._alone = True  # no IGUTrainer runs passes, logs and saves
+        self._silenced = False
 
     def start(self, model: nn.Module, accumulation_steps: int) -> Controller:
         """A controller at step 0 for ``model``."""
@@ -103,8 +105,11 @@ class IGUCallback(TrainerCallback):
                 )
             self.start(model, accumulation)  # train() once more from the beginning
         self.controller.bank.context.unstepped = 0
+        # on_save writes the adapter beside what another Trainer writes.
+        self._silenced = self._alone and save_as_before(part)
         optimizer = kwargs.get("optimizer")
         if optimizer is not None:
+            self.controller.optimizer = optimizer
             self.controller.passes.spare(p for group in optimizer.param_groups for p in group["params"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -142,13 +147,15 @@ class IGUCallback(TrainerCallback):
         """Takes up the best checkpoint's masks with its weights; says so when the ranks are not final."""
         if self.controller is None:
             return
+        if self._silenced:
+            warn_when_saved(adapted_part(kwargs["model"]))
         if self._alone and args.load_best_model_at_end and state.best_model_checkpoint:
             load_best(kwargs["model"], state.best_model_checkpoint)
         if self.controller.phase != "final":
             logger.warning(
                 "Training ended at step %s, before the ranks became final (step %s): %s triplets live, the target is %s.",
                 self.controller.global_step, self.controller.config.prunes_until, sum(self.controller.live_ranks().values()),
-                self.controller.allocator.schedule.target,
+                self.controller.allocator.target,
             )  # fmt: skip
 
     # -- what they need -----------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class Trainer:
         self.controller = Controller(model, accumulation_steps=settings.accumulation_steps, trace=self._traced())
         groups = param_groups(model, settings.lr, settings.lambda_lr_ratio, settings.weight_decay)
         self.base_lrs = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.optimizer = self.controller.optimizer = torch.optim.AdamW(groups, fused=True)
         self.trainable = [p for group in groups for p in group["params"]]
         self.stream = BatchStream(len(train_rows), settings.batch_size, settings.seed)
         self.live = sum(self.controller.live_ranks().values())

@@ -41,6 +41,10 @@ _FREE = {"wrap", "recompute", "inner", "no_sync", "fully_sharded"}
 
 TWO: dict[str, dict[str, Any]] = {f"ddp: {name}": {"config": config} for name, config in ESTIMATORS.items()}
 TWO |= {
+    f"ddp: {method}": {"config": {"method": method, "estimator": estimator, "moves": 2}}
+    for method, estimator in (("flexlora", "instantaneous"), ("igu-flex", "gauss"))
+}
+TWO |= {
     f"fsdp2: {name}": {"config": ESTIMATORS[name], "fully_sharded": True}
     for name in ("gauss, mixed", "gauss, separate", "on-path", "adalora")
 }

@@ -145,6 +145,7 @@ def ddp(
         model if inner else replica, accumulation_steps=accumulation, joint_mean=joint_mean and uneven is not None
     )
     optimizer = torch.optim.AdamW(igulora.param_groups(replica, lr=3e-2, lambda_lr_ratio=1.0))
+    ctl.optimizer = optimizer
     losses: list[float] = []
 
     def loss_fn(batch: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from igulora import IGUConfig
-from igulora.config import METHODS
+from igulora.config import BIDIRECTIONAL, METHODS
 from igulora.errors import nearest
 
 STEPS = {"total_steps": 200}
@@ -24,7 +24,9 @@ def test_no_option_is_left_open() -> None:
     for method in METHODS:
         values = IGUConfig(method=method, **STEPS).to_dict()
         left = {k for k, v in values.items() if v is None}
-        assert left <= ({"lora_alpha", "t_init", "t_final", "delta_t"} if method == "lora" else {"lora_alpha"})
+        of_the_model = {"moves"} if method in BIDIRECTIONAL else {"moves", "max_rank"}
+        left -= {"lora_alpha", *of_the_model}
+        assert left <= ({"t_init", "t_final", "delta_t"} if method == "lora" else set())
 
 
 def test_adalora_is_a_setting_of_the_same_machine() -> None:

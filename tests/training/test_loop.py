@@ -128,11 +128,11 @@ def test_what_a_run_leaves(llama_folder, colours, tmp_path):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in result.pictures)
 
 
-@pytest.mark.parametrize("method", ["adalora", "lora", "random", "magnitude"])
+@pytest.mark.parametrize("method", ["adalora", "lora", "random", "magnitude", "flexlora", "igu-flex"])
 def test_every_method_runs(llama_folder, colours, tmp_path, method):
     result = run(llama_folder, colours, tmp_path / "out", {"steps": 20}, config={"method": method, "window": 1})
     assert result.report.triplets_after == 14 * 2
-    assert result.report.triplets_before == 14 * (2 if method == "lora" else 4)
+    assert result.report.triplets_before == 14 * (2 if method in ("lora", "flexlora", "igu-flex") else 4)
 
 
 @pytest.mark.parametrize(("task", "metric"), [("classification", "accuracy"), ("regression", "correlation")])

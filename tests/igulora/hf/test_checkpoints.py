@@ -57,13 +57,12 @@ def losses(trainer: Any) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    ("path_pass", "step"),
-    [("mixed", 4), ("mixed", 11), ("separate", 17)],
-    ids=["warmup-in-a-window", "pruning", "final"],
+    ("options", "step"),
+    [({}, 4), ({}, 11), ({"path_pass": "separate"}, 17), ({"method": "igu-flex", "moves": 3}, 12)],
+    ids=["warmup-in-a-window", "pruning", "final", "igu-flex"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(build, state_of, assert_same, tmp_path, path_pass, step) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one(build, state_of, assert_same, tmp_path, options, step) -> None:
     """In the middle of an epoch (ten micro-batches, five steps), with dropout: losses, weights, masks, scores, bit by bit."""
-    options = {"path_pass": path_pass}
     whole = build(options=options, output_dir=str(tmp_path / "whole"), save_strategy="no")
     whole.train()
     build(callbacks=(StopAfter(step),), options=options).train()
@@ -76,8 +75,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(build, state_of, assert_same, tm
 
 @pytest.mark.parametrize(
     ("options", "step"),
-    [({"method": "adalora"}, 4), ({"estimator": "instantaneous", "aggregate": "absolute"}, 17)],
-    ids=["adalora", "absolute"],
+    [
+        ({"method": "adalora"}, 4),
+        ({"estimator": "instantaneous", "aggregate": "absolute"}, 17),
+        ({"method": "flexlora", "window": 1, "moves": 3}, 11),
+    ],
+    ids=["adalora", "absolute", "flexlora"],
 )
 def test_so_it_is_with_the_callback_alone(build, state_of, assert_same, tmp_path, options, step) -> None:
     whole = build(
