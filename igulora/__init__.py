@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import distributed
 from .adapt import adapt, merge, merge_errors, remove, unmerge
 from .adapter_file import AdapterFile, read_adapter
+from .alignment import Alignment, align
 from .bank import Bank, find_bank
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compact import compact
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFile",
+    "Alignment",
     "Bank",
     "Controller",
     "FusedSVDConv2d",
@@ -48,6 +50,7 @@ __all__ = [
     "StepInfo",
     "adapt",
     "adapters_disabled",
+    "align",
     "compact",
     "distributed",
     "export_peft",

@@ -36,7 +36,7 @@ def rank_of(name: str, config: IGUConfig, parameter: str | None = None) -> int:
 
 
 def stored_rank(rank: int, config: IGUConfig) -> int:
-    """Triplets that are stored where ``rank`` live at the start: with those that the layer may gain."""
+    """Triplets that are stored per block where ``rank`` live at the start: with those that the layer may gain."""
     return config.initial_rank if config.bidirectional and rank else rank
 
 
@@ -71,13 +71,14 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
     layers = dict.fromkeys(find_targets(model, config, saved))
     slices = find_slices(model, config, saved)
     known = [*layers, *dict.fromkeys(slices.values()), *slices]
-    for ending in config.rank_pattern:
-        if not any(name == ending or name.endswith("." + ending) for name in known):
-            raise ValueError(
-                f"expected rank_pattern to name adapted layers, got {ending!r}, which matches none.{nearest(ending, known)}"
-            )
+    for option, pattern in (("rank_pattern", config.rank_pattern), ("block_pattern", config.block_pattern)):
+        for ending in pattern:
+            if not any(name == ending or name.endswith("." + ending) for name in known):
+                raise ValueError(
+                    f"expected {option} to name adapted layers, got {ending!r}, which matches none.{nearest(ending, known)}"
+                )
     names = [name for name in bases_of(model) if name in layers or name in slices]
-    ranks = [rank_of(name, config, slices.get(name)) for name in names]
+    ranks = [rank_of(name, config, slices.get(name)) * config.blocks_of(name) for name in names]
     inject(model, config, names, saved, [stored_rank(rank, config) for rank in ranks])
     put_aside(find_bank(model), ranks)
     return model
@@ -111,6 +112,12 @@ def inject(model: nn.Module, config: IGUConfig, names: list[str], saved: list[st
         obstacle = bases[name].obstacle()
         if obstacle is not None:
             raise ValueError(f"expected layers that can be adapted, got {name!r} ({bases[name].kind}): {obstacle}")
+        blocks, sides = config.blocks_of(name), (bases[name].in_features, bases[name].out_features)
+        if any(side % blocks for side in sides):
+            raise ValueError(
+                f"expected blocks that divide both sides of {name!r} ({sides[0]} in, {sides[1]} out), got {blocks}; give it others in "
+                "block_pattern, or 1"
+            )
     devices = sorted({str(bases[n].device) for n in names})
     if len(devices) > 1:
         raise ValueError(
@@ -146,6 +153,7 @@ def _build_layers(bases: dict[str, Base], config: IGUConfig, names: list[str], r
         layer = (ExpertLinear if isinstance(module, ExpertSlice) else wrap)(
             module,
             rank,
+            blocks=config.blocks_of(name),
             dropout=config.dropout,
             init=config.init or "orthonormal",
             init_lambda=config.init_lambda,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .context import PathContext
 from .errors import check_choice
 from .kernels.backend import as_given
+from .kernels.windows import widened
 from .recompute import Recompute
 from .shared import SharedInput
 
@@ -28,6 +29,15 @@ def _orthonormal_rows(rows: int, cols: int, generator: torch.Generator) -> Tenso
         blocks.append((q * upper.diagonal().sign()).t())
         rows -= block
     return torch.cat(blocks) if blocks else torch.empty((0, cols))
+
+
+def check_blocks(blocks: int, r: int, in_features: int, out_features: int) -> None:
+    """Raise ValueError unless a layer of these sides takes ``blocks`` blocks of ``r`` triplets together."""
+    if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+        raise ValueError(f"expected blocks to be an int >= 1, got {blocks!r}")
+    for what, size in (("in features", in_features), ("out features", out_features), ("triplets", r)):
+        if size % blocks:
+            raise ValueError(f"expected blocks that divide the layer's {size} {what}, got {blocks}")
 
 
 def own_storage(view: Tensor) -> Tensor:
@@ -48,8 +58,12 @@ class SVDAdapter(nn.Module):
     Parameters: ``lora_P (r, out)``, ``lora_E (r,)`` (lambda), ``lora_Q (r, in)``; buffer ``mask (r,)`` of 0 and 1. A bank makes them views
     of its flat buffers and sets ``slot`` and ``context``. Subclasses say what the update of a kind of layer is.
 
+    With ``blocks`` n > 1 the update is block-diagonal (RaLoRA; ALGORITHMS 5): r / n triplets per block, one block after another, with
+    vectors over their block's window: ``lora_P (r, out / n)``, ``lora_Q (r, in / n)``.
+
     Args:
-        r: number of stored triplets, from 0 up.
+        r: number of stored triplets, from 0 up; of all blocks together.
+        blocks: n; divides r, in and out.
         lora_alpha: the update is scaled by ``lora_alpha / r``; r by default.
         dropout: probability of dropping an input entry on its way to Q, in training.
         init: "orthonormal" rows of P and Q, lambda = ``init_lambda`` (default); "gaussian" N(0, 0.02^2), PEFT's; "lora" P = 0, Q as
@@ -71,6 +85,7 @@ class SVDAdapter(nn.Module):
         out_features: int,
         r: int,
         *,
+        blocks: int = 1,
         lora_alpha: float | None = None,
         dropout: float = 0.0,
         init: str = "orthonormal",
@@ -85,8 +100,11 @@ class SVDAdapter(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"expected 0 <= dropout < 1, got {dropout}")
         check_choice("init", init, INITS)
-        self.in_features, self.out_features = in_features, out_features
-        self.scale = 1.0 if lora_alpha is None or r == 0 else lora_alpha / r
+        check_blocks(blocks, r, in_features, out_features)
+        if blocks > 1 and not self.reads_features:
+            raise ValueError(f"expected blocks=1 for a layer that is not linear, got {blocks}")
+        self.in_features, self.out_features, self.blocks = in_features, out_features, blocks
+        self.scale = 1.0 if lora_alpha is None or r == 0 else lora_alpha * blocks / r
         self.dropout = dropout
         self.merged = False
         self.slot = 0
@@ -94,9 +112,9 @@ class SVDAdapter(nn.Module):
         self.shared: SharedInput | None = None
         self.recompute: Recompute | None = None
         self.fixed_lambda = init == "lora"
-        self.lora_P = nn.Parameter(torch.empty((r, out_features), dtype=dtype, device=device))
+        self.lora_P = nn.Parameter(torch.empty((r, self.p_length), dtype=dtype, device=device))
         self.lora_E = nn.Parameter(torch.empty((r,), dtype=dtype, device=device), requires_grad=not self.fixed_lambda)
-        self.lora_Q = nn.Parameter(torch.empty((r, in_features), dtype=dtype, device=device))
+        self.lora_Q = nn.Parameter(torch.empty((r, self.q_length), dtype=dtype, device=device))
         self.register_buffer("mask", torch.ones((r,), dtype=dtype, device=device))
         self.mask: Tensor
         if self.lora_P.device.type != "meta":
@@ -111,17 +129,18 @@ class SVDAdapter(nn.Module):
             generator = torch.Generator().manual_seed(int(torch.randint(_SEED_RANGE, ())))
         r = self.r
         if init == "orthonormal":
-            self.lora_P.copy_(_orthonormal_rows(r, self.out_features, generator))
-            self.lora_Q.copy_(_orthonormal_rows(r, self.in_features, generator))
+            for param in (self.lora_P, self.lora_Q):
+                for block in param.split(max(r // self.blocks, 1)):
+                    block.copy_(_orthonormal_rows(block.shape[0], block.shape[1], generator))
             self.lora_E.fill_(init_lambda)
         elif init == "gaussian":
-            self.lora_P.copy_(torch.randn((r, self.out_features), generator=generator) * 0.02)
-            self.lora_Q.copy_(torch.randn((r, self.in_features), generator=generator) * 0.02)
+            self.lora_P.copy_(torch.randn((r, self.p_length), generator=generator) * 0.02)
+            self.lora_Q.copy_(torch.randn((r, self.q_length), generator=generator) * 0.02)
             self.lora_E.fill_(init_lambda)
         else:
-            bound = 1.0 / math.sqrt(self.in_features)
+            bound = 1.0 / math.sqrt(self.q_length)
             self.lora_P.zero_()
-            self.lora_Q.copy_(torch.rand((r, self.in_features), generator=generator) * (2 * bound) - bound)
+            self.lora_Q.copy_(torch.rand((r, self.q_length), generator=generator) * (2 * bound) - bound)
             self.lora_E.fill_(1.0)
         self.mask.fill_(1.0)
 
@@ -129,6 +148,16 @@ class SVDAdapter(nn.Module):
     def r(self) -> int:
         """Stored triplets, live or not."""
         return self.lora_E.shape[0]
+
+    @property
+    def p_length(self) -> int:
+        """Entries of a left direction: out, or a block's share of it."""
+        return self.out_features // self.blocks
+
+    @property
+    def q_length(self) -> int:
+        """Entries of a right direction: in, or a block's share of it."""
+        return self.in_features // self.blocks
 
     @property
     def masters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -169,7 +198,7 @@ class SVDAdapter(nn.Module):
         """``s * sum_i m_i lambda_i p_i q_i^T``, (out, in), in the masters' dtype."""
         coef = self.scale * self.mask * self.lora_E
         with as_given(coef):
-            return (self.lora_P.t() * coef) @ self.lora_Q
+            return (widened(self.lora_P, self.blocks).t() * coef) @ widened(self.lora_Q, self.blocks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SVDAdapter:
         """``.to``, ``.half`` and kin: masters keep float32 (or float64), and the bank learns that its views broke."""
@@ -222,4 +251,5 @@ class SVDAdapter(nn.Module):
     def extra_repr(self) -> str:
         """What a printed model shows of the layer."""
         live = "merged" if self.merged else f"r={self.r}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, {live}, scale={self.scale:g}"
+        blocks = f", blocks={self.blocks}" if self.blocks > 1 else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {live}{blocks}, scale={self.scale:g}"

@@ -46,7 +46,8 @@ _MATRICES = ("lora_P", "lora_Q")
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Options that sizes are computed from later: from a file they may not ask for more than any run does.
 _LIMITS = {"nodes": 4096, "window": 2**24, "ig_every": 2**24}
-_LIMITS |= dict.fromkeys(("r", "target_rank", "min_rank", "total_steps", "t_init", "t_final", "delta_t"), 2**47)
+_LIMITS |= dict.fromkeys(("r", "target_rank", "min_rank", "max_rank", "moves", "blocks"), 2**47)
+_LIMITS |= dict.fromkeys(("total_steps", "t_init", "t_final", "delta_t"), 2**47)
 
 
 @dataclass(frozen=True)

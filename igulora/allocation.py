@@ -57,7 +57,7 @@ class Allocator:
             per_rank = sum(layer.in_features + layer.out_features for layer in bank.layers)
             stored = int(bank.cost.sum())
         else:
-            per_rank, stored = len(bank.layers), bank.triplets
+            per_rank, stored = sum(layer.blocks for layer in bank.layers), bank.triplets
         self.schedule = BudgetSchedule(
             initial=stored if initial is None else initial,
             target=min((config.target_rank or 0) * per_rank, stored if initial is None else initial),

@@ -57,10 +57,11 @@ class Layout:
     @classmethod
     def of(cls, layers: list[SVDAdapter]) -> Layout:
         """Lay out the matrices of ``layers``."""
+        # Triplets per block: rows of one block are what the orthogonality penalty takes for a matrix.
         wanted = [
-            (length, layer.r, slot, name)
+            (length, layer.r // layer.blocks, slot, name)
             for slot, layer in enumerate(layers)
-            for name, length in (("lora_P", layer.out_features), ("lora_Q", layer.in_features))
+            for name, length in (("lora_P", layer.p_length), ("lora_Q", layer.q_length))
             if layer.r
         ]
         wanted.sort(key=lambda w: (w[0], w[1], w[2], w[3]))
@@ -74,9 +75,10 @@ class Layout:
             for rank, of_shape in groupby(of_length, key=lambda w: w[1]):
                 first, matrices = offset, 0
                 for _, _, slot, name in of_shape:
-                    slices.append(_Slice(slot, name, offset, rank, length))
-                    offset += rank * length
-                    matrices += 1
+                    blocks = layers[slot].blocks
+                    slices.append(_Slice(slot, name, offset, rank * blocks, length))
+                    offset += rank * blocks * length
+                    matrices += blocks
                 groups += [first, matrices, rank, length]
                 rows += matrices * rank
             regions += [start, rows, length]
@@ -117,7 +119,7 @@ class Bank:
         row_table, slots: what every stored row is (:meth:`Layout.row_table`), and which row statistic it yields.
         score_table, matrix_table: rows and matrices as the kernels of scoring and of the orthogonality penalty walk them.
         watched: one trained parameter of every layer that has any.
-        layer_index, cost: int64 (triplets,): layer of each triplet, and its ``in + out``.
+        layer_index, cost: int64 (triplets,): layer of each triplet, and its ``in + out`` (of its block's windows).
 
     Raises:
         ValueError: the layers lie on several devices.
@@ -204,7 +206,7 @@ class Bank:
         self.score_table = row_table(list(layout.regions), slots).to(self.device)
         self.matrix_table = work_table(list(layout.groups)).to(self.device)
         ranks = torch.tensor([layer.r for layer in self.layers], dtype=torch.int64)
-        costs = torch.tensor([layer.in_features + layer.out_features for layer in self.layers], dtype=torch.int64)
+        costs = torch.tensor([layer.p_length + layer.q_length for layer in self.layers], dtype=torch.int64)
         self.layer_index = torch.repeat_interleave(torch.arange(len(self.layers)), ranks).to(self.device)
         self.cost = torch.repeat_interleave(costs, ranks).to(self.device)
 

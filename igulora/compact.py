@@ -51,8 +51,8 @@ def compact(
             f"kept for those. Compact after step {controller.config.prunes_until}"
         )
     bank.bind_grads()  # after zero_grad(set_to_none=True) the flat gradient still holds the last step's
-    kept = bank.mask > 0
-    keep = [torch.nonzero(kept[bank.starts[i] : bank.starts[i + 1]]).flatten() for i in range(len(bank.layers))]
+    keep = [_rows_to_keep(layer.mask, layer.blocks) for layer in bank.layers]
+    kept = torch.cat([rows + start for rows, start in zip(keep, bank.starts[:-1], strict=True)] or [bank.layer_index])
     live = bank.live[kept]
     refill = _refiller(bank, keep)
     buffers: list[tuple[object, str, Callable[[], Tensor]]] = []
@@ -77,6 +77,16 @@ def compact(
     for owner, name, rebuilt in buffers:
         setattr(owner, name, rebuilt())
     return model
+
+
+def _rows_to_keep(mask: Tensor, blocks: int) -> Tensor:
+    """Numbers of the live rows; of a block-diagonal layer as many in every block, masked ones where it has fewer."""
+    if blocks == 1:
+        return torch.nonzero(mask).flatten()
+    of_block = mask.view(blocks, -1)
+    count = int(of_block.sum(1).max())
+    rows = torch.argsort(of_block, dim=1, descending=True, stable=True)[:, :count].sort(1).values
+    return (rows + torch.arange(blocks, device=mask.device).unsqueeze(1) * of_block.shape[1]).flatten()
 
 
 def _refiller(bank: Bank, keep: list[Tensor]) -> Callable[[Tensor], Callable[[], Tensor]]:

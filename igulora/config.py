@@ -23,10 +23,13 @@ _SHARED: dict[str, Any] = {
     "orthogonality": 0.1,
     "importance": "sensitivity",
 }
+_FIXED: dict[str, Any] = {**_SHARED, "estimator": "instantaneous", "init": "lora", "orthogonality": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
     "igu": _SHARED,
     "adalora": {**_SHARED, "estimator": "instantaneous", "combine": "product", "lambda_score": "score", "window": 1},
-    "lora": {**_SHARED, "estimator": "instantaneous", "init": "lora", "orthogonality": 0.0},
+    "lora": _FIXED,
+    "ralora": _FIXED,
+    "ralora-pro": _FIXED,
     "random": {**_SHARED, "estimator": "instantaneous"},
     "magnitude": {**_SHARED, "estimator": "instantaneous"},
     "flexlora": {
@@ -34,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "igu-flex": _SHARED,
 }  # fmt: skip
+# Methods whose ranks stay: LoRA, and RaLoRA's blocks of it, which are measured before training (ALGORITHMS 5).
+FIXED_RANK = ("lora", "ralora", "ralora-pro")
 # Methods that move triplets from matrix to matrix, under a total that stays (ALGORITHMS 4).
 BIDIRECTIONAL = ("flexlora", "igu-flex")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -71,7 +76,9 @@ class IGUConfig:
     ``lora_alpha`` (default r; the update is scaled by ``s = lora_alpha / r``), ``init``, ``init_lambda``, ``dropout``,
     ``target_modules`` ("all-linear", a regular expression over full names, or a list of name endings), ``exclude_modules``,
     ``target_parameters`` (endings of names of 3-D parameters, such as "experts.down_proj": every expert's slice is a matrix of its own),
-    ``modules_to_save`` (trained and saved whole, such as a classification head), ``rank_pattern`` (name ending -> r),
+    ``modules_to_save`` (trained and saved whole, such as a classification head), ``rank_pattern`` (name ending -> r), ``blocks`` and
+    ``block_pattern`` (name ending -> n) for block-diagonal adapters, whose ranks are those of a block (5; RaLoRA; :func:`igulora.align`
+    measures which),
     ``recompute_inputs`` (layers do not keep their inputs where these can be multiplied out again, bit by bit, from what autograd keeps
     anyway: less memory, a little more time).
 
@@ -105,6 +112,8 @@ class IGUConfig:
     target_parameters: list[str] = field(default_factory=list)
     modules_to_save: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    blocks: int = 1
+    block_pattern: dict[str, int] = field(default_factory=dict)
     dropout: float = 0.0
     init: str | None = None
     init_lambda: float = 0.0
@@ -156,6 +165,7 @@ class IGUConfig:
         for name, options in CHOICES.items():
             check_choice(name, getattr(self, name), options)
         self._check_numbers()
+        self._check_blocks()
         self._check_exchange()
         if self.adaptive:
             self._fill_schedule()
@@ -163,8 +173,8 @@ class IGUConfig:
 
     @property
     def adaptive(self) -> bool:
-        """Whether ranks are allocated at all (every method but "lora")."""
-        return self.method != "lora"
+        """Whether ranks are allocated at all (every method but "lora" and those of its blocks)."""
+        return self.method not in FIXED_RANK
 
     @property
     def bidirectional(self) -> bool:
@@ -209,7 +219,8 @@ class IGUConfig:
         for name, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
                 raise ValueError(f"expected rank_pattern to give ranks >= 0, got {rank!r} for {name!r}")
-        for name, low in (("r", 0), ("target_rank", 0), ("min_rank", 0), ("window", 1), ("ig_every", 1), ("nodes", 1)):
+        lowest = {"r": 0, "target_rank": 0, "min_rank": 0, "window": 1, "ig_every": 1, "nodes": 1}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ValueError(f"expected {name} >= {low}, got {getattr(self, name)}")
         if self.estimator == "trapezoid" and self.nodes < 2:  # type: ignore[operator]
@@ -244,6 +255,22 @@ class IGUConfig:
             raise ValueError(f"expected a finite init_lambda, got {self.init_lambda}")
         # A window scores at least one micro-batch; AdaLoRA's window of one is the case in point.
         self.ig_every = min(self.ig_every, self.window)  # type: ignore[type-var]
+
+    def blocks_of(self, name: str) -> int:
+        """Blocks of the layer of that full name."""
+        found = [n for ending, n in self.block_pattern.items() if name == ending or name.endswith("." + ending)]
+        return found[0] if found else self.blocks
+
+    def _check_blocks(self) -> None:
+        for name, blocks in {"": self.blocks, **self.block_pattern}.items():
+            if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
+                what = f"block_pattern to give blocks for {name!r}" if name else "blocks"
+                raise ValueError(f"expected {what} of at least 1, got {blocks!r}")
+        if self.bidirectional and {self.blocks, *self.block_pattern.values()} != {1}:
+            raise ValueError(
+                f"expected blocks=1 for method={self.method!r}, which moves triplets between whole matrices, got blocks={self.blocks} and "
+                f"block_pattern={self.block_pattern}"
+            )
 
     def _check_exchange(self) -> None:
         """Options of the methods that move triplets."""

@@ -68,6 +68,10 @@ def read_peft(directory: str | Path, config: IGUConfig | None = None, *, step: i
             f"expected a method that starts from the ranks in the folder, got method={config.method!r}, which keeps rows in reserve; use "
             '"igu", "adalora" or "lora"'
         )
+    if config is not None and {config.blocks, *config.block_pattern.values()} != {1}:
+        raise ValueError(
+            "expected blocks=1 to go on with an adapter of PEFT, whose triplets span whole matrices, got blocks"
+        )
     meta = PeftConfig.read(directory)
     if step is not None and meta.kind != "ADALORA":
         raise ValueError(

@@ -18,20 +18,23 @@ from .bases import Conv1DBase, Conv2dBase, EmbeddingBase, describe
 from .experts import ExpertBase
 from .files import put_json, put_tensors
 from .folders import save_whole
+from .kernels.windows import widened
 from .kinds import Conv2dAdapter
 from .peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, PREFIX
 from .saved_adapter import filters_of, kinds_of
 from .unwrap import unwrap
 
 
-def lora_factors(P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def lora_factors(P: Tensor, E: Tensor, Q: Tensor, mask: Tensor, scale: float, blocks: int = 1) -> tuple[Tensor, Tensor]:
     """(A (live, in), B (out, live)) with ``B A = s sum_i m_i lambda_i p_i q_i^T``; the root of |s lambda| goes to each side.
 
+    A block-diagonal adapter becomes one of the rank of all its blocks together, zero outside their windows: n times the parameters.
     Splitting the root keeps both factors of one size, so that neither loses bits when a server stores them in 16 bits.
     """
     kept = torch.nonzero((mask != 0) & (E != 0)).flatten()
     coef = (scale * mask * E)[kept]
     root = coef.abs().sqrt().unsqueeze(1)
+    P, Q = widened(P, blocks), widened(Q, blocks)
     return root * Q[kept], (root * coef.sign().unsqueeze(1) * P[kept]).t().contiguous()
 
 
@@ -131,7 +134,7 @@ def _from_model(model: nn.Module) -> _Content:
     content = _Content({}, {}, filters_of(model), {}, bank.layers[0].dropout if bank.layers else 0.0)
     for name, layer in zip(bank.names, bank.layers, strict=True):
         P, E, Q, mask = (t.detach().float().cpu() for t in (layer.lora_P, layer.lora_E, layer.lora_Q, layer.mask))
-        content.factors[name] = lora_factors(P, E, Q, mask, layer.scale)
+        content.factors[name] = lora_factors(P, E, Q, mask, layer.scale, layer.blocks)
     content.kinds = kinds_of(model)
     content.saved = {name: module.trained.state_dict() for name, module in saved_modules(model).items()}
     whole = saved_modules(model)
@@ -176,7 +179,8 @@ def _from_folder(directory: str | Path) -> _Content:
     content = _Content({}, dict(kinds), dict(filters), file.saved, file.config.dropout)
     for name, parts in file.modules.items():
         P, E, Q, mask = (parts[k].float() for k in ("lora_P", "lora_E", "lora_Q", "mask"))
-        content.factors[name] = lora_factors(P, E, Q, mask, float(file.meta["scale"][name]))
+        blocks = file.config.blocks_of(name)
+        content.factors[name] = lora_factors(P, E, Q, mask, float(file.meta["scale"][name]), blocks)
     return content
 
 

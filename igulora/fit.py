@@ -29,14 +29,18 @@ def check_model(description: Description, model: nn.Module) -> None:
 
 def check_fits(model: nn.Module, file: AdapterFile, directory: Path) -> None:
     """Raise ValueError unless what was read from ``directory`` fits a base model: layers and modules to save, names and shapes."""
-    shapes = {name: (parts["lora_P"].shape[1], parts["lora_Q"].shape[1]) for name, parts in file.modules.items()}
+    shapes: dict[str, tuple[int, int]] = {
+        name: (parts["lora_P"].shape[1], parts["lora_Q"].shape[1]) for name, parts in file.modules.items()
+    }
     saved = {name: {k: (v.dtype, tuple(v.shape)) for k, v in state.items()} for name, state in file.saved.items()}
     check_model(Description(directory, file.meta, file.config, shapes, saved, None), model)
 
 
 def _check_shapes(file: Description, shapes: dict[str, tuple[int, int]]) -> None:
     wrong = []
-    for name, wanted in file.shapes.items():
+    for name, (p_length, q_length) in file.shapes.items():
+        blocks = file.config.blocks_of(name)
+        wanted = (p_length * blocks, q_length * blocks)
         if name not in shapes:
             wrong.append(f"{name}: (out, in) = {wanted}, not in the model")
         elif shapes[name] != wanted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .config import FIXED_RANK
 from .errors import nearest
 
 
@@ -47,7 +48,7 @@ class Preset:
         names = ["r", "target_rank", "t_init", "delta_t", "t_final", "beta1", "beta2", "eps", "orthogonality"]
         if method in ("igu", "igu-flex"):
             names += ["estimator", "nodes", "window", "include_f0"]
-        elif method == "lora":
+        elif method in FIXED_RANK:
             names = ["r", "target_rank"]
         return {name: getattr(self, name) for name in names}
 

@@ -173,7 +173,7 @@ def share_inputs(names: list[str], layers: list[SVDAdapter]) -> None:
     for children in siblings.values():
         for group in SHARED_NAMES:
             found = [children[name] for name in group if name in children and children[name].r]
-            found = [layer for layer in found if layer.reads_features]
+            found = [layer for layer in found if layer.reads_features and layer.blocks == 1]
             kinds = {(layer.in_features, layer.lora_Q.dtype, layer.dropout) for layer in found}
             if len(found) > 1 and len(kinds) == 1:
                 SharedInput(found)

@@ -41,6 +41,17 @@ def check_same_dtype(x: Tensor, others: dict[str, Tensor | None]) -> None:
             )
 
 
+def check_windows(out_features: int, in_features: int, P: Tensor, Q: Tensor) -> int:
+    """How many blocks the rows of P and Q are windows of, for an (out, in) layer: 1 where they are as long as its sides."""
+    n = out_features // P.shape[-1] if P.ndim == 2 and P.shape[-1] else 1
+    if n > 1 and (Q.ndim != 2 or n * P.shape[-1] != out_features or n * Q.shape[-1] != in_features or P.shape[0] % n):
+        raise ValueError(
+            f"expected P and Q with rows of out / n and in / n for a layer of {in_features} to {out_features} features and n blocks of as "
+            f"many rows each, got {tuple(P.shape)} and {tuple(Q.shape)}"
+        )
+    return max(n, 1)
+
+
 def check_masters(out_features: int, in_features: int, P: Tensor, E: Tensor, Q: Tensor, mask: Tensor) -> None:
     """P, E, Q and mask are those of one rank for an (out, in) layer."""
     r = P.shape[0]

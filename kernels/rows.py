@@ -17,6 +17,7 @@ from torch import Tensor
 from .backend import runs_fused
 from .fused.common import padded_rank
 from .philox import dropout_keep_mask
+from .windows import into_rank, over_rows
 
 Again = Callable[[], Tensor]
 
@@ -96,7 +97,7 @@ def rank_factors(
     """``alpha S`` (M, r) and ``c P`` (r, N) in x's dtype, whose product is the rank term; and S, empty where it was given."""
     if S is None:
         keep = keep_factor(x2, seed, dropout_p)
-        S = saved = (x2 if keep is None else x2 * keep) @ Q.to(x2.dtype).t()  # (M, K) @ (K, r)
+        S = saved = into_rank(x2 if keep is None else x2 * keep, Q.to(x2.dtype))  # (M, K) @ (K, r)
     else:
         saved = x2.new_empty((0,))
     return times_per_group(S, flat_alpha(alpha)), (P * (scale * mask * E).unsqueeze(1)).to(x2.dtype), saved
@@ -123,20 +124,23 @@ def q_gradient(
     train_groups: int,
     path_start: int,
     wanted: bool,
+    length: int | None = None,
 ) -> Tensor | None:
     """dQ of the training rows (None unless wanted), after adding that of the path rows to ``path_Q``.
 
     Args:
-        G: (M, r) gradient of S without any group's factor. dropped: (M, K) input of Q. Others: as in ``svd_linear``.
+        G: (M, r) gradient of S without any group's factor. dropped: (M, K) input of Q. length: of Q's rows, K by default. Others: as in
+            ``svd_linear``.
     """
+    length = dropped.shape[1] if length is None else length
     ranges = Ranges.of(G.shape[0], group_count(alpha, path_weight), train_groups, path_start)
     if path_Q is not None and path_weight is not None and ranges.has_path:
         rows, weighed = path_rows(G, path_weight, ranges, path_start)
-        path_Q += weighed.t() @ dropped[rows]
+        path_Q += over_rows(weighed, dropped[rows], length)
     if not wanted:
         return None
     rows, weighed = training_rows(G, alpha, ranges, train_groups)
-    return weighed.t() @ dropped[rows]  # (r, M) @ (M, K)
+    return over_rows(weighed, dropped[rows], length)  # (r, M) @ (M, K)
 
 
 def empty_results(like: Tensor, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:

@@ -44,6 +44,7 @@ from .rows import (
     rows_first,
     times_per_group,
 )
+from .windows import into_rank, out_of_rank, over_rows
 
 _N_INPUTS = 18
 
@@ -140,13 +141,13 @@ def _reference_bwd(
     dx = dW = db = dP = dE = dQ = G = None
     dyP = dy2.new_empty((x2.shape[0], 0))
     if need_x or need_e or need_q or need_s or sampled:
-        dyP = dy2 @ P.to(dt).t()  # (M, N) @ (N, r)
+        dyP = into_rank(dy2, P.to(dt))  # (M, N) @ (N, r)
         G = (dyP * c).to(dt)
     keep = None
     if G is not None and (need_x or (not need_s and (need_q or sampled))):
         keep = keep_factor(x2, seed, dropout_p)
     if need_x and G is not None:
-        dx = times_per_group(G, factor) @ Q.to(dt)  # (M, r) @ (r, K)
+        dx = out_of_rank(times_per_group(G, factor), Q.to(dt), x2.shape[1])  # (M, r) @ (r, K)
         if keep is not None:
             dx *= keep
         if weight is not None:
@@ -158,19 +159,19 @@ def _reference_bwd(
         db = dy2.sum(0)
     if need_p:
         rows_of = times_per_group(S[train], None if factor is None else factor[:train_groups])
-        dP = (rows_of.t() @ dy2[train]) * c.unsqueeze(1)  # (r, M) @ (M, N)
+        dP = over_rows(rows_of, dy2[train], P.shape[1]) * c.unsqueeze(1)  # (r, M) @ (M, N)
     sums = c  # summed over the rows of a group before the group's factor: (n, r) numbers are left to weigh
     if need_e or sampled:
         sums = (S.to(E.dtype) * dyP).reshape(groups, rows.per_group, E.shape[0]).sum(1)
     if sampled and path_P is not None and path_E is not None and at_path is not None:
-        path_P += (times_per_group(S[path], at_path).t() @ dy2[path]) * c.unsqueeze(1)
+        path_P += over_rows(times_per_group(S[path], at_path), dy2[path], P.shape[1]) * c.unsqueeze(1)
         path_E += (sums[path_start:] * at_path[:, None]).sum(0) * (scale * mask)
     if need_e:
         weighed = sums[:train_groups] if factor is None else sums[:train_groups] * factor[:train_groups, None]
         dE = weighed.sum(0) * (scale * mask)
     if G is not None and not need_s and (need_q or sampled):
         dropped = x2 if keep is None else x2 * keep
-        dQ = q_gradient(G, dropped, alpha, path_weight, path_Q, train_groups, path_start, need_q)
+        dQ = q_gradient(G, dropped, alpha, path_weight, path_Q, train_groups, path_start, need_q, Q.shape[1])
         dQ = None if dQ is None else dQ.to(Q.dtype)
     return empty_results(x, (dx, dW, db, dP, dE, dQ, G if need_s else None))  # type: ignore[return-value]
 
@@ -218,7 +219,7 @@ def _dispatch_fwd(x, weight, bias, P, E, Q, mask, alpha, S, *rest):
 
 def _dispatch_bwd(dy, S, x, weight, P, *rest):
     with as_given(x):
-        if not runs_fused(x, P.shape[0]):
+        if P.shape[1] != dy.shape[-1] or not runs_fused(x, P.shape[0]):  # no kernel walks over windows
             return _reference_bwd(dy, S, x, weight, P, *rest)
         from .fused import svd_linear as fused
 

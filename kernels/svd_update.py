@@ -15,9 +15,10 @@ from torch import Tensor
 from torch._C import _autograd
 
 from .backend import as_given, past_dispatcher, runs_fused
-from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows
+from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows, check_windows
 from .rows import Again, again_as, group_count, rank_buffer, rank_factors, rows_first
 from .svd_linear import gradients
+from .windows import out_of_rank
 
 
 def _reference(
@@ -36,13 +37,23 @@ def _reference(
 ) -> Tensor:
     """Fill ``out`` (y itself, or like it) and return S (M, r), empty where it was given."""
     T, Pc, saved = rank_factors(rows_first(x), P, E, Q, mask, alpha, S, seed, scale, dropout_p)
-    torch.add(y, (T @ Pc).view(y.shape), out=out)  # (M, r) @ (r, N)
+    torch.add(y, out_of_rank(T, Pc, y.shape[-1]).view(y.shape), out=out)  # (M, r) @ (r, N)
     return saved
+
+
+def _windowed(y: Tensor, P: Tensor) -> bool:
+    """Whether the triplets are those of blocks; no kernel walks over their windows."""
+    return P.shape[1] != y.shape[-1]
+
+
+def _saved_like(y: Tensor, x: Tensor, P: Tensor) -> Tensor:
+    rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
+    return x.new_empty((rows, P.shape[0])) if _windowed(y, P) else rank_buffer(x, rows, P.shape[0])
 
 
 def _run(y: Tensor, x: Tensor, P: Tensor, *rest: Any) -> Tensor:
     with as_given(x):
-        if not runs_fused(x, P.shape[0]):
+        if _windowed(y, P) or not runs_fused(x, P.shape[0]):
             return _reference(y, x, P, *rest)
         from .fused import svd_linear as fused
 
@@ -96,17 +107,15 @@ _svd_update_ = torch.library.custom_op("igulora::svd_update_", mutates_args=("y"
 
 @_svd_update.register_fake
 def _(y, x, P, E, Q, mask, alpha, S, *_rest):
-    rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
     return (
         torch.empty_like(y, memory_format=torch.contiguous_format),
-        rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,)),
+        _saved_like(y, x, P) if S is None else x.new_empty((0,)),
     )
 
 
 @_svd_update_.register_fake
 def _(y, x, P, E, Q, mask, alpha, S, *_rest):
-    rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
-    return rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,))
+    return _saved_like(y, x, P) if S is None else x.new_empty((0,))
 
 
 def _save(ctx, inputs, saved, again=None):
@@ -192,6 +201,8 @@ def svd_update(
 
     Args:
         y: (..., out), the base's output: not a leaf that requires gradients, and not needed by the base's own backward.
+        P, Q: (R, out / n) and (R, in / n), the triplets of one of n blocks after another over their windows of y and x (RaLoRA; n = 1: the
+            ordinary adapter).
         x: (..., in); converted to y's dtype. None where S is given and is no product of x with Q (``svd_embed``, ``svd_conv``): no
             gradient goes to x then. Others: as in ``svd_linear``.
 
@@ -206,12 +217,14 @@ def svd_update(
             raise ValueError("expected x or S, got neither")
         given = x = S.detach().view(*y.shape[:-1], S.shape[-1])  # for the count of its rows
         check_input(x, S.shape[-1], group_count(alpha, path_weight))
+        blocks = 1
     else:
         given, x = x, x.to(y.dtype)
-        check_input(x, Q.shape[-1], group_count(alpha, path_weight))
+        blocks = check_windows(y.shape[-1], x.shape[-1], P, Q)
+        check_input(x, blocks * Q.shape[-1], group_count(alpha, path_weight))
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"expected y and x of one leading shape, got {tuple(y.shape)} and {tuple(x.shape)}")
-    check_masters(y.shape[-1], Q.shape[-1], P, E, Q, mask)
+    check_masters(y.shape[-1] // blocks, Q.shape[-1], P, E, Q, mask)
     check_device(x, {"y": y, "P": P, "E": E, "Q": Q, "mask": mask, "alpha": alpha, "S": S})
     check_dropout(dropout_p)
     train_groups, path_start = check_rows(alpha, path_weight, train_groups, path_start, path is not None)

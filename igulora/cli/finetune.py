@@ -29,7 +29,9 @@ DEMO_ROWS = (320, 125)
 
 _CONFIG_HELP = {
     "method": "how ranks are chosen: igu and adalora score and prune, flexlora and igu-flex move triplets between matrices, lora keeps "
-    "them, random and magnitude are controls",
+    "them, ralora and ralora-pro do in blocks that are measured first, random and magnitude are controls",
+    "blocks": "blocks of every adapter (block-diagonal); ranks are then those of a block. ralora and ralora-pro measure them",
+    "block_pattern": "blocks of single modules, by name ending",
     "r": "triplets per matrix at the start",
     "target_rank": "triplets per matrix after pruning, on average (all of them for lora)",
     "lora_alpha": "the update is scaled by lora_alpha / r (default: r)",
@@ -90,6 +92,7 @@ _RUN_HELP = {
     "gradient_checkpointing": "recompute activations in the backward pass: less memory, more time",
     "system_prompt": "system message before every prompt (causal-lm)",
     "seed": "of the start, the order of the rows and the samples",
+    "align_batches": "micro-batches whose gradients are measured before a run (ralora, ralora-pro)",
     "eval_every": "steps between evaluations; 0 for none on the way (default: once an epoch)",
     "save_every": "steps between checkpoints; 0 for none",
     "log_every": "steps between lines of metrics.jsonl",

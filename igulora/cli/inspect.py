@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from ..adapt import rank_of
 from ..adapter_file import AdapterFile, read_adapter
 from ..training.extras import require
+from ..training.move_plots import has_moves, plot_moves
 from ..training.plots import layer_and_kind, module_grid, plot_adapter
 from .tables import make_table
 
@@ -25,7 +27,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Show ranks by layer and module, statistics of the scores, and the history of the budget.",
     )
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="folder of a run, or of igulora.save_adapter")
-    parser.add_argument("--picture", metavar="FILE", type=Path, help="also draw them into this png, pdf or svg file")
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        type=Path,
+        help="also draw them into this png, pdf or svg file (and triplets that moved into FILE-moves)",
+    )
     return parser
 
 
@@ -58,6 +65,10 @@ def run(args: argparse.Namespace) -> None:
     if args.picture is not None:
         plot_adapter(ranks, mean_scores(file), file.meta["history"], args.picture, config.initial_rank)
         console.print(f"Picture: {args.picture}", highlight=False, soft_wrap=True)
+    if args.picture is not None and has_moves(file.meta["history"]):
+        moves = args.picture.with_stem(args.picture.stem + "-moves")
+        plot_moves(file.meta["history"], {name: rank_of(name, config) for name in ranks}, moves)
+        console.print(f"Rank movement: {moves}", highlight=False, soft_wrap=True)
 
 
 def triplet_scores(file: AdapterFile) -> dict[str, torch.Tensor]:

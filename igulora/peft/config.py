@@ -117,6 +117,11 @@ class IGULoraConfig(PeftConfig, IGUConfig):
         IGUConfig.__post_init__(self)
         self.seed = seed
         self._check_targets()
+        if {self.blocks, *self.block_pattern.values()} != {1}:
+            raise ValueError(
+                "expected blocks=1: PEFT's method adapts whole matrices, got blocks; use igulora.adapt(model, igulora.IGUConfig(...)), and "
+                "export the result for PEFT by igulora.export_peft"
+            )
         if self.bidirectional:
             raise ValueError(
                 f"expected a method that prunes or keeps ranks, got method={self.method!r}: PEFT's method has no rows in reserve to move "

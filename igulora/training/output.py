@@ -15,7 +15,8 @@ from .loop import CHECKPOINTS, latest_checkpoint
 RUN_FILE = "run.json"
 # Everything a run writes; --overwrite removes these and nothing else.
 _FILES = (
-    RUN_FILE, "metrics.jsonl", "report.json", "ranks.png", "budget.png", "series.png", "adapter_model.safetensors",
+    RUN_FILE, "metrics.jsonl", "report.json", "ranks.png", "budget.png", "series.png", "moves.png", "alignment.json", "dimensionality.png",
+    "adapter_model.safetensors",
     "igulora_config.json", "controller_state.safetensors",
 )  # fmt: skip
 _FOLDERS = (CHECKPOINTS, "best")

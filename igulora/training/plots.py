@@ -42,7 +42,7 @@ def module_grid(values: Mapping[str, float]) -> tuple[list[str], list[int | None
     return kinds, layers, grid
 
 
-def _figure(heights: Sequence[float], columns: int, width: float) -> tuple[Any, Any]:
+def new_figure(heights: Sequence[float], columns: int, width: float) -> tuple[Any, Any]:
     """A figure of its own on the Agg canvas: neither pyplot's state nor a display is touched."""
     figure = require("matplotlib.figure", "demo", "drawing pictures").Figure(
         figsize=(width, sum(heights)), layout="constrained"
@@ -51,13 +51,13 @@ def _figure(heights: Sequence[float], columns: int, width: float) -> tuple[Any, 
     return figure, figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
 
 
-def _heat_size(values: Mapping[str, float]) -> tuple[float, float]:
+def heat_size(values: Mapping[str, float]) -> tuple[float, float]:
     """Width and height in inches of a readable heat map."""
     kinds, layers, _ = module_grid(values)
     return max(6.0, 0.32 * len(layers) + 3.8), max(2.0, 0.3 * len(kinds) + 1.2)
 
 
-def _heat(
+def heat(
     figure: Any, axis: Any, values: Mapping[str, float], top: float, label: str, title: str, form: str = "d"
 ) -> None:
     kinds, layers, cells = module_grid(values)
@@ -81,23 +81,23 @@ def _heat(
 
 def plot_ranks(ranks: Mapping[str, int], path: Path, r: int) -> Path:
     """Heat map of the live ranks, modules by layers; ``r`` is the rank the run started from (paper, figure 5)."""
-    width, height = _heat_size(ranks)
-    figure, axes = _figure([height], 1, width)
+    width, height = heat_size(ranks)
+    figure, axes = new_figure([height], 1, width)
     title = f"Rank by layer and module: {sum(ranks.values()):,} of {r * len(ranks):,} triplets live"
-    _heat(figure, axes[0][0], ranks, max([r, *ranks.values()]), "live triplets", title)
-    return _save(figure, path)
+    heat(figure, axes[0][0], ranks, max([r, *ranks.values()]), "live triplets", title)
+    return saved(figure, path)
 
 
 def plot_adapter(
     ranks: Mapping[str, int], scores: Mapping[str, float], history: Sequence[Mapping[str, Any]], path: Path, r: int
 ) -> Path:
     """What an adapter's folder holds: ranks, mean scores of the live triplets (when known; NaN for none) and the history of the budget."""
-    width, height = _heat_size(ranks)
-    figure, axes = _figure([height] * (2 if scores else 1) + [2.4] * bool(history), 1, width)
+    width, height = heat_size(ranks)
+    figure, axes = new_figure([height] * (2 if scores else 1) + [2.4] * bool(history), 1, width)
     title = f"Rank by layer and module: {sum(ranks.values()):,} of {r * len(ranks):,} triplets live"
-    _heat(figure, axes[0][0], ranks, max([r, *ranks.values()]), "live triplets", title)
+    heat(figure, axes[0][0], ranks, max([r, *ranks.values()]), "live triplets", title)
     if scores:
-        _heat(
+        heat(
             figure,
             axes[1][0],
             scores,
@@ -114,14 +114,14 @@ def plot_adapter(
         axis.set_xlabel("optimizer step")
         axis.set_title("Budget at each allocation", fontsize=10)
         axis.grid(alpha=0.3)
-    return _save(figure, path)
+    return saved(figure, path)
 
 
 def plot_budget(events: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Loss above, budget and live triplets below, over the optimizer steps; ``events`` are the lines of ``metrics.jsonl``."""
     train = [event for event in events if event["kind"] == "train"]
     evaluated = [event for event in events if event["kind"] == "eval" and "loss" in event]
-    figure, axes = _figure([2.6, 2.6], 1, 7.0)
+    figure, axes = new_figure([2.6, 2.6], 1, 7.0)
     top, bottom = axes[0][0], axes[1][0]
     bottom.sharex(top)
     top.plot([e["step"] for e in train], [e["loss"] for e in train], color=_LEFT, marker=".", label="training")
@@ -145,7 +145,7 @@ def plot_budget(events: Sequence[Mapping[str, Any]], history: Sequence[Mapping[s
     bottom.xaxis.set_major_locator(whole_numbers)
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
-    return _save(figure, path)
+    return saved(figure, path)
 
 
 def running_statistics(values: Sequence[float], window: int = 10) -> dict[str, list[float]]:
@@ -177,7 +177,7 @@ def plot_series(series: Mapping[str, Sequence[Mapping[str, float]]], path: Path,
         raise ValueError(
             "expected a score series, got none; name modules with --trace, and train through a few score updates"
         )
-    figure, axes = _figure([2.0] * 4, len(names), max(6.0, 4.2 * len(names)))
+    figure, axes = new_figure([2.0] * 4, len(names), max(6.0, 4.2 * len(names)))
     for axis in axes.flat[1:]:
         axis.sharex(axes[0][0])
     for column, name in enumerate(names):
@@ -212,10 +212,10 @@ def plot_series(series: Mapping[str, Sequence[Mapping[str, float]]], path: Path,
         axes[2][column].set_ylim(-1.05, 1.05)
         axes[0][column].set_title(name, fontsize=8)
         axes[3][column].set_xlabel("optimizer step")
-    return _save(figure, path)
+    return saved(figure, path)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def saved(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     return path

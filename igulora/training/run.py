@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapt import adapt
+from ..adapt import adapt, rank_of
 from ..bank import find_bank
 from ..config import IGUConfig
 from ..files import write_json
 from ..saved_adapter import save_adapter
 from . import demo
+from .aligning import measure, read_alignment, wants_alignment, with_alignment, write_alignment
 from .causal_lm import CausalLM, closed_set
 from .data import DataSource, Example, class_names, hold_out, load_table, read_examples
 from .loop import CHECKPOINTS, Trainer
 from .modeling import load_causal_lm, load_sequence_model, load_tokenizer
+from .move_plots import has_moves, plot_moves
 from .output import RUN_FILE, check_output, check_same_run, clear_output
 from .plots import plot_budget, plot_ranks, plot_series
 from .progress import MetricsFile, read_metrics
@@ -110,6 +112,12 @@ def finetune(
         config = IGUConfig(**{**config.to_dict(), "modules_to_save": [*config.modules_to_save, *heads]})
     train_rows, eval_rows = task.encode(train), task.encode(evaluation)
     model = model.to(device)
+    layers = None
+    if wants_alignment(config):
+        if not resume:
+            _say(console, f"Measuring the gradients of the first {settings.align_batches} batches")
+        layers = read_alignment(output) if resume else measure(config, model, task, train_rows, settings)
+        config = with_alignment(config, layers)
     adapt(model, config)
     trainer = Trainer(model, task, train_rows, eval_rows, steps, settings, output, console)
     if resume:
@@ -123,6 +131,8 @@ def finetune(
             _say(console, _metrics_line(extra["before"]))
         clear_output(output)
         write_json(output / RUN_FILE, description)
+        if layers is not None:
+            write_alignment(layers, output)
     modules = len(find_bank(model).names)
     _say(
         console,
@@ -251,6 +261,9 @@ def draw(trainer: Trainer, ranks: dict[str, int], config: IGUConfig, output: Pat
         plot_ranks(ranks, output / "ranks.png", config.initial_rank),
         plot_budget(read_metrics(output / "metrics.jsonl"), controller.history, output / "budget.png"),
     ]
+    if has_moves(controller.history):
+        start = {name: rank_of(name, config) for name in ranks}
+        pictures.append(plot_moves(controller.history, start, output / "moves.png"))
     if any(controller.series.values()):
         pictures.append(plot_series(controller.series, output / "series.png"))
     return tuple(pictures)

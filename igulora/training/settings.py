@@ -24,7 +24,8 @@ class RunSettings:
     step. ``warmup`` is the fraction of the steps in which the learning rate rises, ``lambda_lr_ratio`` the learning rate of λ over
     ``lr`` (None: the library's default). 0 switches ``eval_every``, ``save_every`` and ``patience`` (evaluations without
     improvement after pruning) off; ``eval_every`` None is once an epoch. ``trace`` names modules (by name endings) whose score
-    series is recorded; None takes the first, a middle and the last one. ``max_grad_norm`` 0 does not clip.
+    series is recorded; None takes the first, a middle and the last one. ``max_grad_norm`` 0 does not clip. ``align_batches``
+    micro-batches are measured before a run of RaLoRA.
 
     Raises:
         ValueError, TypeError: an option is unknown or out of range; says what was expected.
@@ -55,6 +56,7 @@ class RunSettings:
     threads: int | None = None
     device: str = "auto"
     trace: tuple[str, ...] | None = None
+    align_batches: int = 8
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
@@ -63,6 +65,7 @@ class RunSettings:
         whole = {
             "batch_size": 1, "accumulation_steps": 1, "max_length": 2, "seed": 0, "eval_every": 0, "save_every": 0,
             "log_every": 1, "patience": 0, "keep_checkpoints": 1, "steps": 1, "threads": 1, "eval_batch_size": 1,
+            "align_batches": 1,
         }  # fmt: skip
         for name, low in whole.items():
             value = getattr(self, name)

@@ -41,24 +41,26 @@ _FREE = {"wrap", "recompute", "inner", "no_sync", "fully_sharded"}
 
 TWO: dict[str, dict[str, Any]] = {f"ddp: {name}": {"config": config} for name, config in ESTIMATORS.items()}
 TWO |= {
-    f"ddp: {method}": {"config": {"method": method, "estimator": estimator, "moves": 2}}
+    f"ddp: {method}": {
+        "config": {"method": method, "estimator": estimator, "moves": 2, "target_rank": 4, "importance": "sensitivity"}
+    }
     for method, estimator in (("flexlora", "instantaneous"), ("igu-flex", "gauss"))
 }
 TWO |= {
     f"fsdp2: {name}": {"config": ESTIMATORS[name], "fully_sharded": True}
     for name in ("gauss, mixed", "gauss, separate", "on-path", "adalora")
 }
-for passes in PASSES:
+for passes, kinds in zip(PASSES, (("non-reentrant", "reentrant"), ("reentrant", "non-reentrant")), strict=True):
     config = ESTIMATORS[passes]
     TWO |= {f"{passes}, {name}": {"config": config, "wrap": wrap} for name, wrap in WRAPS.items()}
-    for kind in ("non-reentrant", "reentrant"):
-        options = {"config": config, "recompute": kind}
-        TWO |= {
-            f"{passes}, {kind} checkpoints": options,
-            f"{passes}, {kind} checkpoints, bucket views": {**options, "wrap": WRAPS["bucket views"]},
-            f"{passes}, {kind} checkpoints, static graph": {**options, "wrap": WRAPS["static graph"], "inner": True},
-            f"fsdp2: {passes}, {kind} checkpoints": {**options, "fully_sharded": True},
-        }
+    # Each passes through each kind of checkpointing; each kind meets each of DistributedDataParallel's options once.
+    first, second = ({"config": config, "recompute": kind} for kind in kinds)
+    TWO |= {
+        f"{passes}, {kinds[0]} checkpoints": first,
+        f"{passes}, {kinds[0]} checkpoints, bucket views": {**first, "wrap": WRAPS["bucket views"]},
+        f"{passes}, {kinds[1]} checkpoints, static graph": {**second, "wrap": WRAPS["static graph"], "inner": True},
+        f"fsdp2: {passes}, {kinds[1]} checkpoints": {**second, "fully_sharded": True},
+    }
     TWO |= {
         f"{passes}, controller of the inner model": {"config": config, "inner": True},
         f"{passes}, two micro-batches": {"config": config, "accumulation": 2},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from igulora import IGUConfig
-from igulora.config import BIDIRECTIONAL, METHODS
+from igulora.config import BIDIRECTIONAL, FIXED_RANK, METHODS
 from igulora.errors import nearest
 
 STEPS = {"total_steps": 200}
@@ -26,7 +26,7 @@ def test_no_option_is_left_open() -> None:
         left = {k for k, v in values.items() if v is None}
         of_the_model = {"moves"} if method in BIDIRECTIONAL else {"moves", "max_rank"}
         left -= {"lora_alpha", *of_the_model}
-        assert left <= ({"t_init", "t_final", "delta_t"} if method == "lora" else set())
+        assert left <= ({"t_init", "t_final", "delta_t"} if method in FIXED_RANK else set())
 
 
 def test_adalora_is_a_setting_of_the_same_machine() -> None:

@@ -128,11 +128,24 @@ def test_what_a_run_leaves(llama_folder, colours, tmp_path):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in result.pictures)
 
 
-@pytest.mark.parametrize("method", ["adalora", "lora", "random", "magnitude", "flexlora", "igu-flex"])
+@pytest.mark.parametrize(
+    "method", ["adalora", "lora", "random", "magnitude", "flexlora", "igu-flex", "ralora", "ralora-pro"]
+)
 def test_every_method_runs(llama_folder, colours, tmp_path, method):
     result = run(llama_folder, colours, tmp_path / "out", {"steps": 20}, config={"method": method, "window": 1})
+    adapter = read_adapter(result.output)
+    if method.startswith("ralora"):
+        measured = json.loads((result.output / "alignment.json").read_text())
+        assert adapter.config.block_pattern == {name: layer["blocks"] for name, layer in measured.items()}
+        expected = {name: layer["blocks"] * layer["rank"] for name, layer in measured.items()}
+        assert adapter.meta["ranks"] == expected
+        assert method == "ralora-pro" or {layer["rank"] for layer in measured.values()} == {2}
+        assert (result.output / "dimensionality.png").read_bytes().startswith(b"\x89PNG")
+        return
     assert result.report.triplets_after == 14 * 2
-    assert result.report.triplets_before == 14 * (2 if method in ("lora", "flexlora", "igu-flex") else 4)
+    moves = method in ("flexlora", "igu-flex")
+    assert result.report.triplets_before == 14 * (2 if method == "lora" or moves else 4)
+    assert (result.output / "moves.png").is_file() == moves
 
 
 @pytest.mark.parametrize(("task", "metric"), [("classification", "accuracy"), ("regression", "correlation")])

@@ -1,0 +1,61 @@
+"""RaLoRA's measurement before a run: blocks, and for RaLoRA-Pro ranks, from the gradients of its first batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..alignment import align
+from ..config import IGUConfig
+from ..files import write_json
+from .move_plots import plot_dimensionality
+from .settings import RunSettings
+from .tasks import Row, Task, to_device
+
+ALIGNMENT_FILE, PICTURE = "alignment.json", "dimensionality.png"
+Layers = dict[str, dict[str, Any]]
+
+
+def wants_alignment(config: IGUConfig) -> bool:
+    """Whether gradients are to be measured before this run: RaLoRA's methods, where no blocks are given."""
+    return config.method in ("ralora", "ralora-pro") and not config.block_pattern and config.blocks == 1
+
+
+def measure(config: IGUConfig, model: nn.Module, task: Task, rows: Sequence[Row], settings: RunSettings) -> Layers:
+    """What :func:`igulora.align` finds on the first ``align_batches`` batches of ``rows``, by layer."""
+    size, device = settings.batch_size, next(model.parameters()).device
+    parts = [rows[i : i + size] for i in range(0, min(len(rows), size * settings.align_batches), size)]
+    return align(
+        model,
+        [to_device(task.collate(part), device) for part in parts],
+        lambda batch: task.loss(model, batch),
+        r=config.live_rank,
+        pro=config.method == "ralora-pro",
+        target_modules=config.target_modules,
+        exclude_modules=[*config.exclude_modules, *config.modules_to_save],
+        seed=config.seed,
+    ).to_dict()
+
+
+def with_alignment(config: IGUConfig, layers: Layers) -> IGUConfig:
+    """The options with the blocks that were measured in them, and RaLoRA-Pro's ranks."""
+    blocks = {name: layer["blocks"] for name, layer in layers.items()}
+    ranks = {name: layer["rank"] for name, layer in layers.items()}
+    pattern = ranks if config.method == "ralora-pro" else config.rank_pattern
+    return dataclasses.replace(config, block_pattern=blocks, rank_pattern=pattern)
+
+
+def write_alignment(layers: Layers, output: Path) -> Path:
+    """Numbers and a picture in the folder of a run; returns the picture's path."""
+    write_json(output / ALIGNMENT_FILE, layers)
+    return plot_dimensionality(layers, output / PICTURE)
+
+
+def read_alignment(output: Path) -> Layers:
+    """What :func:`write_alignment` wrote, for a run that goes on."""
+    return json.loads((output / ALIGNMENT_FILE).read_text(encoding="utf-8"))
