@@ -12,7 +12,7 @@ from torch import nn
 from .adapter import SVDAdapter
 from .bank import Bank, base_model, find_bank
 from .bases import Base
-from .config import IGUConfig
+from .config import IGUConfig, named
 from .context import PathContext
 from .distributed import stop_averaging
 from .errors import MergeWarning, nearest
@@ -28,11 +28,8 @@ from .unwrap import reshard, unwrap
 
 def rank_of(name: str, config: IGUConfig, parameter: str | None = None) -> int:
     """Triplets that live at the start in the layer of that full name, or in that slice of ``parameter``."""
-    for known in (name, parameter):
-        for ending, rank in config.rank_pattern.items():
-            if known is not None and (known == ending or known.endswith("." + ending)):
-                return rank
-    return config.live_rank
+    whole = config.live_rank if parameter is None else named(config.rank_pattern, parameter, config.live_rank)
+    return named(config.rank_pattern, name, whole)
 
 
 def stored_rank(rank: int, config: IGUConfig) -> int:
@@ -67,11 +64,23 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
     check_plain(model)
     if not isinstance(config, IGUConfig):
         raise TypeError(f"expected an IGUConfig, got {type(config).__name__}; build one with igulora.IGUConfig(...)")
+    if config.method in ("ralora", "ralora-pro"):
+        lacks = "blocks" if config.blocks == 1 and not config.block_pattern else ""
+        lacks = lacks or ("ranks" if config.method == "ralora-pro" and not config.rank_pattern else "")
+        if lacks:
+            raise ValueError(
+                f"expected {lacks} that were measured for method={config.method!r}, got none: found = igulora.align(model, batches), then "
+                "IGUConfig(..., block_pattern=found.blocks, rank_pattern=found.ranks)"
+            )
     saved = find_saved(model, config)
     layers = dict.fromkeys(find_targets(model, config, saved))
     slices = find_slices(model, config, saved)
     known = [*layers, *dict.fromkeys(slices.values()), *slices]
-    for option, pattern in (("rank_pattern", config.rank_pattern), ("block_pattern", config.block_pattern)):
+    patterns = {
+        "rank_pattern": (config.rank_pattern, known),
+        "block_pattern": (config.block_pattern, [*layers, *slices]),
+    }
+    for option, (pattern, known) in patterns.items():
         for ending in pattern:
             if not any(name == ending or name.endswith("." + ending) for name in known):
                 raise ValueError(

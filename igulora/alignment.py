@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from .adapt import check_plain
 from .bases import Base, describe
 from .config import IGUConfig
+from .distributed import Processes
 from .objective import checked, evaluating
 from .spectra import effective_rank
-from .targets import find_targets
+from .targets import find_saved, find_targets
 
 Loss = Callable[[Any], Tensor]
+MAX_BLOCKS = 16  # n_max, of which the source says no more than that it bounds n for stability
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def align(
     pro: bool = False,
     target_modules: str | list[str] = "all-linear",
     exclude_modules: list[str] | None = None,
-    max_blocks: int = 16,
+    modules_to_save: list[str] | None = None,
+    max_blocks: int = MAX_BLOCKS,
     r_min: int = 1,
     r_max: int | None = None,
     exact_up_to: int = 1024,
@@ -84,6 +87,8 @@ def align(
     ``a_l = I_l / sum I``, ``r_l = floor(P a_l / sqrt(in + out))`` within ``r_min`` and ``r_max``, where ``P = sum sqrt(in + out) r`` and
     ``I_l = mean |W * G|`` (RaLoRA-Pro).
 
+    With several processes all of them call this, and the first one's batches decide.
+
     On the model's device one gradient is alive at a time; sums over the batches are kept on the host, in float32. The model runs in
     evaluation mode, and is afterwards what it was.
 
@@ -92,7 +97,7 @@ def align(
         batches: a few of training; all are held in memory at once.
         loss_fn: ``batch -> loss``; ``model(**batch).loss`` by default.
         r: rank of a block, and r_ref of ``pro``.
-        target_modules, exclude_modules: as in :class:`igulora.IGUConfig`.
+        target_modules, exclude_modules, modules_to_save: as in :class:`igulora.IGUConfig`.
         max_blocks: n_max, a power of two.
         r_min, r_max: bounds of ``pro``; by default 1 and 4 r.
         exact_up_to: the smaller side up to which spectra are exact; above, they are sampled (:mod:`igulora.spectra`).
@@ -107,13 +112,21 @@ def align(
     """
     _check_numbers(r, max_blocks, r_min, r_max)
     check_plain(model)
-    config = IGUConfig(method="lora", r=r, target_modules=target_modules, exclude_modules=list(exclude_modules or []))
+    names: dict[str, Any] = {
+        "exclude_modules": list(exclude_modules or []),
+        "modules_to_save": list(modules_to_save or []),
+    }
+    config = IGUConfig(method="lora", r=r, target_modules=target_modules, **names)
     modules = dict(model.named_modules())
     layers: dict[str, Base] = {}
-    for name in find_targets(model, config, []):
+    for name in find_targets(model, config, find_saved(model, config)):
         base = describe(modules[name])
         if base is None or not base.linear:
             raise ValueError(f"expected linear layers to align, got {name!r}; leave it out of target_modules")
+        if type(base).run is not Base.run:
+            raise ValueError(
+                f"expected layers whose own forward passes gradients on, got {name!r} ({base.kind}); measure the unquantised model"
+            )
         layers[name] = base
     held = list(batches)
     if not held:
@@ -126,6 +139,7 @@ def align(
             sums = _gradients(group, held, loss_fn)
             for name in group:
                 found[name] = _measure(name, group[name], sums.pop(name, None), exact_up_to, generator)
+    found = Processes().gather(found)[0]  # one answer for all
     ranks = (
         _shared_out(layers, {n: s for n, (_, s) in found.items()}, r, r_min, r_max) if pro else dict.fromkeys(layers, r)
     )
@@ -226,8 +240,8 @@ def _gradients(layers: dict[str, Base], batches: list[Any], loss_fn: Loss) -> di
                 loss = checked(loss_fn(batch))
             if not loss.requires_grad:
                 raise ValueError(
-                    "expected a loss that depends on the layers to align, got one without a gradient; is it computed under torch.no_grad, "
-                    "or detached?"
+                    f"expected a loss that depends on the layers to align ({next(iter(layers))}, ...), got one without a gradient; is it "
+                    "computed under torch.no_grad, or detached?"
                 )
             loss.backward()
     finally:

@@ -68,6 +68,9 @@ class Allocator:
         self._table: Tensor | None = None
         self._first = -1  # the step that the table begins with
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Pruning needs none."""
+
     @property
     def initial_budget(self) -> int:
         """What the budget began with."""
@@ -92,9 +95,15 @@ class Allocator:
 
     @torch.no_grad()
     def allocate(
-        self, importance: Importance, step: int, optimizer: torch.optim.Optimizer | None = None
+        self,
+        importance: Importance,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        sums: tuple[Tensor | None, ...] = (),
     ) -> dict[str, float] | None:
-        """Choose b(step) triplets and write live mask, lambdas and, once ranks are fixed, the masks of the layers; ``optimizer`` stays.
+        """Choose b(step) triplets and write live mask, lambdas and, once ranks are fixed, the masks of the layers.
+
+        ``optimizer`` and ``sums`` stay as they are: no triplet is new.
 
         Raises:
             ValueError: the policy needs scores and fewer than three updates were made.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .bank import Bank, find_bank
+from .bank import Bank, find_bank, find_config
 from .controller import Controller
 
 
@@ -45,6 +45,11 @@ def compact(
     _check_fixed(bank)
     if controller is not None and controller.bank is not bank:
         raise ValueError("expected the controller of this model, got one of another model")
+    if controller is None and find_config(model).bidirectional and bank.context.controlled:
+        raise ValueError(
+            "expected the controller of a run whose matrices may gain triplets, got none; call "
+            "igulora.compact(model, optimizer, controller) when its ranks are final"
+        )
     if controller is not None and controller.config.bidirectional and controller.phase != "final":
         raise ValueError(
             f"expected fixed ranks, got step {controller.global_step} of a run whose matrices may still gain triplets: masked rows are "

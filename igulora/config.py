@@ -67,6 +67,13 @@ _SAMPLING: dict[str, dict[str, Any]] = {"gauss": _SPARSE, "stratified": _SPARSE}
 MIN_UPDATES = 3
 
 
+def named(pattern: dict[str, int], name: str, default: int) -> int:
+    """What a pattern of names and name endings gives the layer of that full name: its own entry, else the first ending that fits."""
+    if name in pattern:
+        return pattern[name]
+    return next((value for ending, value in pattern.items() if name.endswith("." + ending)), default)
+
+
 @dataclass
 class IGUConfig:
     """Options of adaptive-rank fine-tuning. Fields left at None take the default of ``method``.
@@ -227,7 +234,7 @@ class IGUConfig:
             raise ValueError(
                 f"expected nodes >= 2 for estimator={self.estimator!r} (an interior node), got {self.nodes}"
             )
-        if self.adaptive and self.target_rank > self.r:  # type: ignore[operator]
+        if self.adaptive and not self.bidirectional and self.target_rank > self.r:  # type: ignore[operator]
             raise ValueError(
                 f"expected target_rank <= r, got target_rank={self.target_rank} > r={self.r}; "
                 "raise r or lower target_rank: ranks only shrink"
@@ -258,8 +265,7 @@ class IGUConfig:
 
     def blocks_of(self, name: str) -> int:
         """Blocks of the layer of that full name."""
-        found = [n for ending, n in self.block_pattern.items() if name == ending or name.endswith("." + ending)]
-        return found[0] if found else self.blocks
+        return named(self.block_pattern, name, self.blocks)
 
     def _check_blocks(self) -> None:
         for name, blocks in {"": self.blocks, **self.block_pattern}.items():
@@ -296,6 +302,14 @@ class IGUConfig:
             raise ValueError(
                 f"expected max_rank >= {largest}, the rank at the start, got {self.max_rank}: matrices gain triplets up to max_rank"
             )
+        starts, least = {self.live_rank, *self.rank_pattern.values()} - {0}, max(self.min_rank, 1)
+        stuck = ""
+        if self.direction != "expand" and max(starts) <= least:
+            stuck = f"no matrix has more than the {least} triplets it keeps, so that none could be lost: raise target_rank (or r)"
+        elif self.direction != "prune" and min(starts) >= self.max_rank:
+            stuck = f"every matrix has max_rank={self.max_rank} triplets already, so that none could be gained: raise max_rank"
+        if stuck:
+            raise ValueError(f"expected ranks that can move with method={self.method!r}, but {stuck}")
         for name, value, wanted in (
             ("init", self.init, ("orthonormal", "gaussian")),
             ("budget_unit", self.budget_unit, ("rank",)),

@@ -143,7 +143,7 @@ class Controller:
         self._regularised = False
         self._ran_backward = False
         self.log = RankLog(self.bank, self.trace)
-        self._optimizer = OptimizerWatch(model, self.bank)
+        self._watch = OptimizerWatch(model, self.bank)
         if not start_step:
             self._check_schedule()
         self._take_charge()
@@ -360,7 +360,9 @@ class Controller:
         if bank.context.unstepped:
             if not self._ran_backward:
                 self._check_own_backward()
-            self._optimizer.check()
+            self._watch.check()
+        if config.adaptive and self.phase != "final":
+            self.allocator.check_optimizer(self.optimizer)
         scored = False
         if self._scoring:
             if config.estimator == "instantaneous":
@@ -371,10 +373,11 @@ class Controller:
         self.global_step += 1
         due = config.adaptive and self.allocator.schedule.is_due(self.global_step) and not self._lacks_scores()
         if due:
-            seen = self.allocator.allocate(self.importance, self.global_step, self.optimizer)
+            sums = (bank._path, self.passes.absolute)
+            seen = self.allocator.allocate(self.importance, self.global_step, self.optimizer, sums)
             self.log.allocated(self.global_step, self.budget, seen)
         self._reset_step()
-        self._optimizer.keep()
+        self._watch.keep()
         return StepInfo(self.global_step, self.budget, self.phase, scored, due)
 
     def _lacks_scores(self) -> bool:

@@ -35,7 +35,7 @@ def spectral_entropy(lambdas: Tensor, eps: float) -> float:
     total = float(energy.sum())
     if total == 0.0:
         return 1.0
-    e = energy / total
+    e = energy[energy > 0] / total  # 0 log 0 is 0, whatever eps is
     return max(0.0, min(1.0, float(-(e * (e + eps).log()).sum()) / math.log(lambdas.numel())))
 
 
@@ -88,6 +88,7 @@ class Exchange:
             delta_t=config.delta_t or 1,
         )
         self._total: int | None = None
+        self._checked: int | None = None  # id of the optimizer that was found to fit
 
     @property
     def initial_budget(self) -> int:
@@ -105,11 +106,29 @@ class Exchange:
             self._total = int(self.bank.live.sum())
         return self._total
 
+    def check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Raise ValueError unless an optimizer is known whose moments of new triplets can be set to zero; once for each."""
+        if optimizer is None:
+            raise ValueError(
+                f"expected the optimizer in igulora.Controller(model, optimizer=...) for method={self.config.method!r}, got none: its "
+                "moments for the rows of a triplet that is gained have to start at zero"
+            )
+        if self._checked != id(optimizer):
+            _check_states(optimizer, self.bank)
+            self._checked = id(optimizer)
+
     @torch.no_grad()
     def allocate(
-        self, importance: Importance, step: int, optimizer: torch.optim.Optimizer | None = None
+        self,
+        importance: Importance,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        sums: tuple[Tensor | None, ...] = (),
     ) -> dict[str, float]:
         """Move b(step) triplets. The outputs change by what the lost ones added; gained ones start at lambda = 0.
+
+        Args:
+            sums: flat buffers of an unfinished window, in which new triplets start at zero.
 
         Returns:
             The importance of every matrix, by its module's name.
@@ -118,13 +137,9 @@ class Exchange:
             ValueError: lambda or a score is not finite, there are fewer than three score updates, or no optimizer is known. Nothing is
                 changed then.
         """
-        if optimizer is None:
-            raise ValueError(
-                f"expected the optimizer in igulora.Controller(model, optimizer=...) for method={self.config.method!r}, got none: its "
-                "moments for the rows of a triplet that is gained have to start at zero"
-            )
+        self.check_optimizer(optimizer)
+        assert optimizer is not None
         bank = self.bank
-        _check_states(optimizer, bank)
         scores = _scores(bank, importance, self.config)
         table = torch.stack([bank.lambdas, bank.live, scores]).cpu()  # the one wait
         lambdas, live, scores = table.unbind()
@@ -145,7 +160,7 @@ class Exchange:
             self.config.direction,
             self.config.min_rank,
         )
-        weakest = scores if self.config.method == "igu-flex" else lambdas.abs()
+        weakest = scores if self.config.method == "igu-flex" and self.config.scored else lambdas.abs()
         gained: list[int] = []
         after = live.clone()
         for k in moves.losers:
@@ -153,8 +168,8 @@ class Exchange:
         for k in moves.gainers:
             gained.append(int((live[parts[k]] == 0).nonzero()[0]) + parts[k].start)
             after[gained[-1]] = 1.0
+        _forget(bank, importance, optimizer, gained, sums)
         self._write(after, live, gained, step)
-        _forget(bank, importance, optimizer, gained)
         self._total = int(after.sum())
         return dict(zip(bank.names, values, strict=True))
 
@@ -180,11 +195,12 @@ class Exchange:
         for triplet in gained:
             layer, row = _place(bank, triplet)
             generator = torch.Generator().manual_seed(_seed(self.config.seed, step, triplet))
-            alive = (bank.live[bank.starts[layer.slot] : bank.starts[layer.slot + 1]] > 0).tolist()
+            alive = (after[bank.starts[layer.slot] : bank.starts[layer.slot + 1]] > 0).tolist()
             others = [i for i, lives in enumerate(alive) if lives and i != row]
             for name in ("lora_P", "lora_Q"):
                 matrix: Tensor = getattr(layer, name)
                 matrix[row].copy_(_direction(matrix, others, self.config, generator))
+            layer.keep_padding()
 
 
 def put_aside(bank: Bank, ranks: list[int]) -> None:
@@ -238,9 +254,16 @@ def _direction(matrix: Tensor, others: list[int], config: IGUConfig, generator: 
     return (rest * (drawn.double().norm() / rest.norm().clamp(min=1e-30))).to(matrix)
 
 
-def _forget(bank: Bank, importance: Importance, optimizer: torch.optim.Optimizer, gained: list[int]) -> None:
-    """Score states and the optimizer's moments of new triplets start at zero; all others stay what they are."""
-    views = [bank.matrix_views(state) for state in (importance.mean, importance.deviation)]
+def _forget(
+    bank: Bank,
+    importance: Importance,
+    optimizer: torch.optim.Optimizer,
+    gained: list[int],
+    sums: tuple[Tensor | None, ...],
+) -> None:
+    """Score states, sums and the optimizer's moments of new triplets start at zero; all others stay what they are."""
+    kept = [importance.mean, importance.deviation, *(flat.detach() for flat in sums if flat is not None)]
+    views = [bank.matrix_views(flat) for flat in kept]
     importance.terms[:, gained] = 0.0
     for triplet in gained:
         layer, row = _place(bank, triplet)
@@ -252,17 +275,28 @@ def _forget(bank: Bank, importance: Importance, optimizer: torch.optim.Optimizer
 
 
 def _check_states(optimizer: torch.optim.Optimizer, bank: Bank) -> None:
-    """Raise where a row of the optimizer's states cannot be set to zero."""
+    """Raise where the optimizer does not train all adapters, or a row of its states cannot be set to zero."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(p) not in held for p in bank.parameters() if p.requires_grad and p.numel()):
+        raise ValueError(
+            f"expected the one optimizer that trains the adapters, got {type(optimizer).__name__} without some of their parameters: give "
+            "igulora.Controller(model, optimizer=...) the one made of igulora.param_groups(model)"
+        )
     for param in bank.parameters():
         for key, value in optimizer.state.get(param, {}).items():
-            if isinstance(value, Tensor) and value.shape == param.shape and not value.is_floating_point():
+            if _has_rows(value, param) and not value.is_floating_point():
                 raise ValueError(
                     f"expected an optimizer with states of floating-point numbers, got {key!r} of {type(optimizer).__name__} in "
                     f"{value.dtype}: rows of a triplet that is gained have to start at zero there. Use one that does not quantise them"
                 )
 
 
+def _has_rows(value: Any, param: nn.Parameter) -> bool:
+    """Whether a state has an entry, or a row of them, for every row of its parameter."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == param.shape[0]
+
+
 def _forget_row(optimizer: torch.optim.Optimizer, param: nn.Parameter, row: int) -> None:
     for value in optimizer.state.get(param, {}).values():
-        if isinstance(value, Tensor) and value.shape == param.shape:
+        if _has_rows(value, param):
             value[row] = 0

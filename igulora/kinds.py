@@ -35,6 +35,9 @@ class LayerAdapter(SVDAdapter):
             found.in_features, found.out_features, r, device=found.device, dtype=found.master_dtype, **options
         )
 
+    def keep_padding(self) -> None:
+        """To be called when rows of Q were drawn anew: an embedding's padding id has a column that stays zero."""
+
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """The update of ``x`` added to ``y``, the layer's output for it, which may be overwritten.
 
@@ -106,15 +109,16 @@ class EmbeddingAdapter(_GivenS):
         self.factor = found.factor
         self.num_embeddings, self.embedding_dim = module.num_embeddings, module.embedding_dim
         self.padding_idx = module.padding_idx
-        self._keep_padding()
+        self.keep_padding()
 
     def reset_parameters(self, *args: Any, **kwargs: Any) -> None:
         """As :meth:`SVDAdapter.reset_parameters`, the padding id's column at zero."""
         super().reset_parameters(*args, **kwargs)
-        self._keep_padding()
+        self.keep_padding()
 
     @torch.no_grad()
-    def _keep_padding(self) -> None:
+    def keep_padding(self) -> None:
+        """The padding id's column of Q is zero."""
         padding_idx = getattr(self, "padding_idx", None)  # not known yet at the first start
         if padding_idx is not None:
             self.lora_Q[:, padding_idx] = 0

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from ..alignment import align
+from ..adapt import rank_of
+from ..alignment import MAX_BLOCKS, align, blocks_for
 from ..config import IGUConfig
 from ..files import write_json
+from .loop import BatchStream
 from .move_plots import plot_dimensionality
 from .settings import RunSettings
 from .tasks import Row, Task, to_device
@@ -28,8 +30,13 @@ def wants_alignment(config: IGUConfig) -> bool:
 
 def measure(config: IGUConfig, model: nn.Module, task: Task, rows: Sequence[Row], settings: RunSettings) -> Layers:
     """What :func:`igulora.align` finds on the first ``align_batches`` batches of ``rows``, by layer."""
-    size, device = settings.batch_size, next(model.parameters()).device
-    parts = [rows[i : i + size] for i in range(0, min(len(rows), size * settings.align_batches), size)]
+    if config.method == "ralora-pro" and config.rank_pattern:
+        raise ValueError(
+            "expected no rank_pattern with method='ralora-pro', which chooses the ranks, got one; give blocks, too, or use 'ralora'"
+        )
+    device = next(model.parameters()).device
+    stream = BatchStream(len(rows), settings.batch_size, settings.seed)
+    parts = [[rows[i] for i in stream[k]] for k in range(settings.align_batches)]
     return align(
         model,
         [to_device(task.collate(part), device) for part in parts],
@@ -37,17 +44,22 @@ def measure(config: IGUConfig, model: nn.Module, task: Task, rows: Sequence[Row]
         r=config.live_rank,
         pro=config.method == "ralora-pro",
         target_modules=config.target_modules,
-        exclude_modules=[*config.exclude_modules, *config.modules_to_save],
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
         seed=config.seed,
     ).to_dict()
 
 
 def with_alignment(config: IGUConfig, layers: Layers) -> IGUConfig:
     """The options with the blocks that were measured in them, and RaLoRA-Pro's ranks."""
-    blocks = {name: layer["blocks"] for name, layer in layers.items()}
-    ranks = {name: layer["rank"] for name, layer in layers.items()}
-    pattern = ranks if config.method == "ralora-pro" else config.rank_pattern
-    return dataclasses.replace(config, block_pattern=blocks, rank_pattern=pattern)
+    if config.method == "ralora-pro":
+        ranks = {name: layer["rank"] for name, layer in layers.items()}
+        config = dataclasses.replace(config, rank_pattern=ranks)
+    blocks = {}
+    for name, layer in layers.items():
+        sides = layer["in_features"], layer["out_features"]
+        blocks[name] = blocks_for(layer["dimensionality"], rank_of(name, config), *sides, MAX_BLOCKS)
+    return dataclasses.replace(config, block_pattern=blocks)
 
 
 def write_alignment(layers: Layers, output: Path) -> Path:

@@ -158,6 +158,13 @@ def test_numbers_out_of_range(options: dict[str, Any], words: str, net: Any, bat
         align(model, batches(1), loss(model), **options)
 
 
+def test_modules_to_save_are_left_out_with_what_is_in_them(net: Any, batches: Any, loss: Any) -> None:
+    model = net()
+    found = align(model, batches(1), loss(model), r=2, modules_to_save=["body"])
+    assert list(found.layers) == ["first", "head"]
+    igulora.adapt(model, igulora.IGUConfig(method="ralora", r=2, block_pattern=found.blocks, modules_to_save=["body"]))
+
+
 def test_no_batches_and_no_plain_model(net: Any, batches: Any, loss: Any) -> None:
     model = net()
     with pytest.raises(ValueError, match="expected batches to measure gradients on, got none"):

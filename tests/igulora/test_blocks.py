@@ -265,6 +265,34 @@ def test_blocks_that_are_no_numbers_of_blocks(options: dict[str, Any], words: st
         igulora.IGUConfig(**{"r": 4, "total_steps": 100, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"method": "ralora"},
+            "expected blocks that were measured for method='ralora', got none: found = igulora.align",
+        ),
+        ({"method": "ralora-pro", "blocks": 2}, "expected ranks that were measured for method='ralora-pro'"),
+    ],
+)
+def test_ralora_without_a_measurement_is_not_plain_lora(options: dict[str, Any], words: str, model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=words):
+        igulora.adapt(model, igulora.IGUConfig(r=2, **options))
+
+
+def test_a_full_name_goes_before_an_ending() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    config = igulora.IGUConfig(method="lora", r=1, block_pattern={"0": 4, "1.0": 2}, rank_pattern={"1": 3, "1.1": 2})
+    igulora.adapt(model, config)
+    bank = igulora.find_bank(model)
+    assert {name: layer.blocks for name, layer in zip(bank.names, bank.layers, strict=True)} == {
+        "0": 4,
+        "1.0": 2,
+        "1.1": 1,
+    }
+    assert bank.ranks() == {"0": 4, "1.0": 2, "1.1": 2}
+
+
 def test_other_layers_have_no_blocks() -> None:
     with pytest.raises(ValueError, match="expected blocks=1 for a layer that is not linear, got 2"):
         igulora.FusedSVDConv2d(nn.Conv2d(4, 4, 3), r=4, blocks=2)

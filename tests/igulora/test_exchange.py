@@ -283,6 +283,62 @@ def test_igu_flex_loses_the_triplet_with_the_lowest_score(started: Any, batches:
         assert scores[triplet] == scores[own][was[own] > 0].min()
 
 
+@pytest.mark.parametrize("kind", ["flexlora", "igu-flex by entropy"])
+def test_where_spectra_rank_the_smallest_lambda_goes(kind: str, started: Any, batches: Any, loss_of: Any) -> None:
+    model, ctl, opt = started(**KINDS[kind])
+    before_the_first(model, ctl, opt, batches, loss_of)
+    was, sizes = ctl.bank.live.clone(), ctl.bank.lambdas.detach().abs().clone()
+    ctl.step()
+    lost = ((ctl.bank.live == 0) & (was > 0)).nonzero().flatten().tolist()
+    assert len(lost) == 2
+    for triplet in lost:
+        slot = next(k for k, stop in enumerate(ctl.bank.starts[1:]) if triplet < stop)
+        own = slice(ctl.bank.starts[slot], ctl.bank.starts[slot + 1])
+        assert sizes[triplet] == sizes[own][was[own] > 0].min()
+
+
+def test_a_padding_id_keeps_its_row() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 8, padding_idx=0), nn.Linear(8, 8), nn.Linear(8, 8))
+    options = igulora.IGUConfig(
+        method="flexlora",
+        r=2,
+        total_steps=40,
+        t_init=2,
+        t_final=2,
+        delta_t=1,
+        moves=1,
+        direction="expand",
+        target_modules=["0", "1", "2"],
+    )
+    igulora.adapt(model, options)
+    opt = torch.optim.AdamW(igulora.param_groups(model, lr=1e-2))
+    ctl = igulora.Controller(model, optimizer=opt)
+    for _ in range(20):
+        ctl.backward(lambda ids: (model(ids) - 1.0).square().mean(), torch.randint(12, (4, 5)))
+        opt.step()
+        ctl.step()
+        opt.zero_grad()
+    assert ctl.live_ranks()["0"] > 2
+    assert not model[0].lora_Q[:, 0].any()
+
+
+def test_a_triplet_that_comes_back_within_a_window_starts_at_zero(started: Any, batches: Any, loss_of: Any) -> None:
+    model, ctl, opt = started(**{**IGU_FLEX, "window": 2, "t_init": 6})
+    before_the_first(model, ctl, opt, batches, loss_of)
+    ctl.bank.path.fill_(1.0)
+    was = ctl.bank.live.clone()
+    ctl.importance.update = lambda path: None
+    ctl.step()
+    gained = (ctl.bank.live > 0) & (was == 0)
+    views = ctl.bank.matrix_views(ctl.bank.path)
+    for layer, name in zip(ctl.bank.layers, ctl.bank.names, strict=True):
+        rows = gained[ctl.bank.starts[layer.slot] : ctl.bank.starts[layer.slot + 1]]
+        for part in ("lora_P", "lora_E", "lora_Q"):
+            assert not views[name, part][rows].any()
+            assert bool((views[name, part][~rows] == 1.0).all())
+
+
 def test_ranks_of_single_modules_are_those_at_the_start(net: Any) -> None:
     options = {"method": "flexlora", "r": 3, "total_steps": 40, "t_init": 6, "rank_pattern": {"head": 7, "first": 0}}
     model = igulora.adapt(net(), igulora.IGUConfig(**options))
@@ -334,6 +390,8 @@ def test_folders_copies_and_compaction(started: Any, net: Any, batches: Any, run
     run(model, ctl, opt, batches(20))
     with pytest.raises(ValueError, match="whose matrices may still gain triplets.*Compact after step 32"):
         igulora.compact(model, opt, ctl)
+    with pytest.raises(ValueError, match="expected the controller of a run whose matrices may gain triplets"):
+        igulora.compact(model, opt)
     twin, twin_ctl, twin_opt = copy.deepcopy((model, ctl, opt))
     for each in ((model, ctl, opt), (twin, twin_ctl, twin_opt)):
         run(*each, batches(20, seed=8))
@@ -361,6 +419,9 @@ def test_folders_copies_and_compaction(started: Any, net: Any, batches: Any, run
         ({"max_rank": 4, "rank_pattern": {"head": 5}}, "expected max_rank >= 5, the rank at the start, got 4"),
         ({"max_rank": 2.5}, "expected max_rank to be an int >= 1, got 2.5"),
         ({"moves": 0}, "expected moves to be an int >= 1, got 0"),
+        ({"max_rank": 3}, "every matrix has max_rank=3 triplets already, so that none could be gained"),
+        ({"r": 1}, "no matrix has more than the 1 triplets it keeps, so that none could be lost"),
+        ({"min_rank": 3}, "no matrix has more than the 3 triplets it keeps"),
         ({"init": "lora"}, "expected init of 'orthonormal' or 'gaussian' for method='flexlora'"),
         ({"budget_unit": "parameters"}, "expected budget_unit of 'rank'"),
         ({"r": 0}, "expected a rank of at least 1 for method='flexlora', got 0"),
@@ -375,19 +436,42 @@ def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
         igulora.IGUConfig(**{"method": "flexlora", "r": 3, "total_steps": 100, **options})
 
 
-def refused(model: nn.Module, ctl: Any, opt: Any, batches: Any, loss_of: Any, words: str) -> None:
-    """The first adjustment raises, and changes nothing."""
-    before_the_first(model, ctl, opt, batches, loss_of)
+def refused(model: nn.Module, ctl: Any, opt: Any, batches: Any, loss_of: Any, words: str, first: bool = False) -> None:
+    """The first adjustment, or the first step of all, raises and changes nothing."""
+    if first:
+        ctl.backward(loss_of(model), batches(1)[0])
+        opt.step()
+    else:
+        before_the_first(model, ctl, opt, batches, loss_of)
+    step = ctl.global_step
     kept = [t.clone() for t in (ctl.bank.weight, ctl.bank.mask, ctl.bank.live)]
     with pytest.raises(ValueError, match=words):
         ctl.step()
     for now, then in zip((ctl.bank.weight, ctl.bank.mask, ctl.bank.live), kept, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    assert not first or ctl.global_step == step == 0
 
 
 def test_without_the_optimizer(started: Any, batches: Any, loss_of: Any) -> None:
     model, _, opt = started()
-    refused(model, igulora.Controller(model), opt, batches, loss_of, r"expected the optimizer in .*optimizer=\.\.\.")
+    refused(
+        model,
+        igulora.Controller(model),
+        opt,
+        batches,
+        loss_of,
+        r"expected the optimizer in .*optimizer=\.\.\.",
+        first=True,
+    )
+
+
+def test_an_optimizer_of_some_of_the_adapters(started: Any, batches: Any, loss_of: Any) -> None:
+    model, _, opt = started()
+    some = torch.optim.SGD([model.first.lora_P], lr=0.1)
+    ctl = igulora.Controller(model, optimizer=some)
+    refused(
+        model, ctl, opt, batches, loss_of, "expected the one optimizer that trains the adapters, got SGD", first=True
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -413,7 +497,8 @@ def test_an_optimizer_with_quantised_states(started: Any, batches: Any, loss_of:
         opt.state[param]["codes"] = torch.zeros(param.shape, dtype=torch.uint8)
 
     opt.step = quantise
-    refused(model, ctl, opt, batches, loss_of, "states of floating-point numbers, got 'codes' of AdamW in torch.uint8")
+    words = "states of floating-point numbers, got 'codes' of AdamW in torch.uint8"
+    refused(model, ctl, opt, batches, loss_of, words, first=True)
 
 
 def test_peft_and_imports_say_what_to_use(tmp_path: Any, net: Any) -> None:

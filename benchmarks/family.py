@@ -1,0 +1,239 @@
+"""The methods of the family beside PEFT's, on MiniLM and movie reviews: does each learn, and what does its step cost.
+
+    python -m igulora.benchmarks.family              # half an hour on two cores; results/family/<date>-<machine>.json, README.md
+
+All methods train side by side on the same batches, a step of each in turn, in alternating order; a time is that of a block of steps as long
+as a scoring window, so that all kinds of step take part by their share, and ratios are taken block by block.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import igulora
+from igulora.cli.finetune import quieten_transformers
+from igulora.training.demo import minilm_folder
+from igulora.training.loop import BatchStream
+from igulora.training.modeling import load_sequence_model, load_tokenizer
+from igulora.training.tasks import Classification, Regression
+
+from . import allocator
+from .machine import RESULTS, machine, versions
+from .pages import place, table
+from .ratios import Times, quartiles
+from .reviews import TASKS, examples
+
+FOLDER = RESULTS / "family"
+OURS = ("igu", "adalora", "lora", "flexlora", "igu-flex", "ralora", "ralora-pro")
+PEFT = ("peft-lora", "peft-adalora")
+Step = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained: ranks, batches, steps; the adaptive methods' schedule follows from the steps."""
+
+    r: int = 8
+    target_rank: int = 4
+    rows: int = 16
+    length: int = 64
+    steps: int = 240
+    held_out: int = 1000
+    lr: float = 2e-3
+    window: int = 16
+
+    @property
+    def schedule(self) -> dict[str, int]:
+        """An allocation every second step from a quarter of the run to three quarters."""
+        return {"total_steps": self.steps, "t_init": self.steps // 4, "t_final": self.steps // 4, "delta_t": 2}
+
+
+def _ours(method: str, model: nn.Module, heads: list[str], plan: Plan, loss: Any, batches: list[Any]) -> Step:
+    options: dict[str, Any] = {"method": method, "r": plan.r, "target_rank": plan.target_rank, "modules_to_save": heads}
+    if method in ("igu", "igu-flex"):
+        options["window"] = plan.window
+    if method.startswith("ralora"):
+        found = igulora.align(
+            model,
+            batches,
+            lambda b: loss(model, b),
+            r=plan.target_rank,
+            pro=method == "ralora-pro",
+            exclude_modules=heads,
+        )
+        options["block_pattern"] = found.blocks
+        options |= {"rank_pattern": found.ranks} if method == "ralora-pro" else {}
+    config = igulora.IGUConfig(**options, **(plan.schedule if method not in ("lora", "ralora", "ralora-pro") else {}))
+    igulora.adapt(model, config)
+    optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=plan.lr), fused=True)
+    controller = igulora.Controller(model, optimizer=optimizer)
+
+    def step(batch: Any) -> None:
+        controller.backward(lambda b: loss(model, b), batch)
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _peft(method: str, model: nn.Module, heads: list[str], plan: Plan, loss: Any) -> Step:
+    import peft
+
+    shared: dict[str, Any] = {"target_modules": "all-linear", "modules_to_save": heads, "exclude_modules": heads}
+    adaptive = method == "peft-adalora"
+    if adaptive:
+        times = plan.schedule
+        config: Any = peft.AdaLoraConfig(
+            init_r=plan.r, target_r=plan.target_rank, lora_alpha=plan.r, total_step=times["total_steps"], tinit=times["t_init"],
+            tfinal=times["t_final"], deltaT=times["delta_t"], **shared,
+        )  # fmt: skip
+    else:
+        config = peft.LoraConfig(r=plan.target_rank, lora_alpha=plan.target_rank, **shared)
+    model = peft.get_peft_model(model, config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=plan.lr, fused=True)
+    taken = 0
+
+    def step(batch: Any) -> None:
+        nonlocal taken
+        value = loss(model, batch)
+        if adaptive:
+            value = value + _penalty(model, config.orth_reg_weight)
+        value.backward()
+        optimizer.step()
+        if adaptive:
+            model.base_model.update_and_allocate(taken)
+        taken += 1
+        optimizer.zero_grad()
+
+    return step
+
+
+def _penalty(model: Any, weight: float) -> torch.Tensor:
+    """AdaLoRA's own, which it adds to a loss that it computes itself; ours is computed from the logits."""
+    total, count = torch.zeros(()), 0
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = p @ p.t() if "lora_A" in name else p.t() @ p
+            total, count = total + torch.linalg.matrix_norm(gram - torch.eye(len(gram))), count + 1
+    return weight * total / max(count, 1)
+
+
+def run(task_name: str, plan: Plan, methods: list[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """Train all methods on one task; metrics before and after, times by block."""
+    folder = str(minilm_folder())
+    tokenizer = load_tokenizer(folder)
+    train, held_out = examples(task_name, plan.held_out)
+    classes = ["negative", "positive"] if task_name == "polarity" else None
+    torch.manual_seed(0)
+    base, heads = load_sequence_model(folder, "float32", classes, tokenizer)
+    task: Any = (
+        Regression(tokenizer, plan.length) if classes is None else Classification(tokenizer, plan.length, classes)
+    )
+    rows, tests = task.encode(train), task.encode(held_out)
+    stream = BatchStream(len(rows), plan.rows, seed=0)
+    batches = [task.collate([rows[i] for i in stream[k]]) for k in range(plan.steps)]
+    device = torch.device("cpu")
+    before = task.evaluate(base, tests, 64, device)
+    models = {name: copy.deepcopy(base).train() for name in methods}
+    steps = {
+        name: _peft(name, model, heads, plan, task.loss)
+        if name in PEFT
+        else _ours(name, model, heads, plan, task.loss, batches[:8])
+        for name, model in models.items()
+    }
+    times: Times = {name: [] for name in methods}
+    for start in range(0, plan.steps, plan.window):
+        for name in methods if start // plan.window % 2 else reversed(methods):
+            gc.collect()
+            begin = time.perf_counter()
+            for batch in batches[start : start + plan.window]:
+                steps[name](batch)
+            times[name].append((time.perf_counter() - begin) / len(batches[start : start + plan.window]))
+        say(f"{task_name}: step {min(start + plan.window, plan.steps)}/{plan.steps}")
+    after = {name: task.evaluate(model, tests, 64, device) for name, model in models.items()}
+    settled = {name: series[2:] for name, series in times.items()}  # first calls make plans and tables
+    return {
+        "metric": task.metric,
+        "before": before,
+        "after": after,
+        "seconds": times,
+        "step": {name: quartiles(series) for name, series in settled.items()},
+        "over_igu": {
+            name: quartiles([a / b for a, b in zip(series, settled["igu"], strict=True)])
+            for name, series in settled.items()
+            if name != "igu"
+        },
+        "trainable": {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in models.items()},
+    }
+
+
+def page(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    lines = [
+        "# The family on MiniLM and movie reviews",
+        "",
+        "Made by `python -m igulora.benchmarks.family`; one seed, a short run: it shows that each method learns and what its step costs, "
+        "not which learns best.",
+        "",
+        place(record),
+        "",
+    ]
+    for name, result in record["tasks"].items():
+        metric = result["metric"]
+        lines += [f"## {name.capitalize()}: {metric} {result['before'][metric]:.3f} before training", ""]
+        found = []
+        for method, step in result["step"].items():
+            over = result["over_igu"].get(method)
+            ratio = "1" if over is None else f"{over['median']:.2f} ({over['q1']:.2f} to {over['q3']:.2f})"
+            found.append(
+                [f"`{method}`", f"{result['after'][method][metric]:.3f}", f"{step['median'] * 1e3:.0f}", ratio,
+                 f"{result['trainable'][method]:,}"]
+            )  # fmt: skip
+        lines += [table(["method", f"{metric} after", "ms per step", "over `igu` (quartiles)", "trained"], found), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=Plan.steps, help=f"optimizer steps (default {Plan.steps})")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--methods", nargs="+", choices=(*OURS, *PEFT), default=[*OURS, *PEFT], metavar="METHOD")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the record and its page")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    allocator.keep_freed_memory()
+    quieten_transformers()
+    plan = Plan(steps=options.steps)
+    methods = list(dict.fromkeys(["igu", *options.methods]))
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "plan": {**vars(plan), **plan.schedule},
+        "tasks": {name: run(name, plan, methods, print) for name in TASKS},
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = f"{record['date']}-{record['machine']['cores']}c.json"
+    (options.output / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (options.output / "README.md").write_text(page(record), encoding="utf-8")
+    print(page(record))
+
+
+if __name__ == "__main__":
+    main()

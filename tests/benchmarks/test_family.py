@@ -1,0 +1,95 @@
+"""The family's study runs from end to end on a tiny encoder, its page shows what a record holds, and reviews are read from the archive."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+from igulora.benchmarks import family, reviews  # noqa: E402
+
+WORDS = ["good", "bad", "great", "awful", "fine", "dull", "bright", "slow"]
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive as pip downloads it, with eighty sentences."""
+    lines = [
+        f"{i}\t{(3 if i % 2 == 0 else -3) + i / 1000}\tthe film is {WORDS[i % 8]} {WORDS[i % 3]}" for i in range(80)
+    ]
+    lines.append("81\t0.1\tneither this nor that")
+    data = "\r\n".join(lines).encode()
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        info = tarfile.TarInfo(reviews._FILE)
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    with zipfile.ZipFile(tmp_path / reviews._ARCHIVE, "w") as package:
+        package.writestr(reviews._INSIDE, inner.getvalue())
+    monkeypatch.setenv("IGULORA_REVIEWS", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A BERT of one layer in the place of MiniLM."""
+    folder = tmp_path / "encoder"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "is", *WORDS]
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        initializer_range=0.3,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    monkeypatch.setattr(family, "minilm_folder", lambda: folder)
+
+
+def test_reviews_are_read_and_split(archive: Path) -> None:
+    rows = reviews.sentences()
+    assert len(rows) == 81
+    assert rows[0] == ("the film is good good", 3.0)
+    train, held_out = reviews.examples("polarity", 20)
+    assert (len(train), len(held_out)) == (60, 20)
+    assert {example.target for example in train} == {"positive", "negative"}
+    assert [e.text for e in reviews.examples("polarity", 20)[0]] == [e.text for e in train]
+    assert len(reviews.examples("rating", 20)[0]) == 61
+
+
+def test_without_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IGULORA_REVIEWS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"pip download --no-deps --no-binary :all: vaderSentiment==0.5 --dest"):
+        reviews.sentences()
+
+
+def test_methods_train_side_by_side(archive: Path, encoder: None) -> None:
+    torch.manual_seed(0)
+    plan = family.Plan(r=4, target_rank=2, rows=4, length=12, steps=32, held_out=16, lr=2e-2, window=2)
+    methods = ["igu", "flexlora", "ralora-pro", "peft-adalora"]
+    said: list[str] = []
+    result = family.run("polarity", plan, methods, said.append)
+    assert said[-1] == "polarity: step 32/32"
+    assert result["after"].keys() == set(methods)
+    assert all(len(series) == 16 for series in result["seconds"].values())
+    assert result["over_igu"].keys() == {*methods} - {"igu"}
+    losses = {name: metrics["loss"] for name, metrics in result["after"].items()}
+    assert all(loss < result["before"]["loss"] for loss in losses.values()), (result["before"], losses)
+
+
+def test_the_kept_page_shows_the_kept_record() -> None:
+    records = sorted(family.FOLDER.glob("*.json"))
+    assert records
+    record: dict[str, Any] = json.loads(records[-1].read_text(encoding="utf-8"))
+    assert (family.FOLDER / "README.md").read_text(encoding="utf-8") == family.page(record)
+    for result in record["tasks"].values():
+        metric = result["metric"]
+        assert all(found[metric] > result["before"][metric] + 0.15 for found in result["after"].values())
