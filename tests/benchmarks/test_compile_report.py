@@ -290,7 +290,7 @@ def test_the_digest_is_of_code_alone(scripts: dict[str, ModuleType], tmp_path: P
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shipped_kernels_break_no_rule(scripts: dict[str, ModuleType]) -> None:
     """A few configurations: all of them take minutes and are in the kept reports, which are held against the shipped kernels below."""
     archs = [name for name in scripts["compiled"].ARCHITECTURES if name.startswith("sm_")]

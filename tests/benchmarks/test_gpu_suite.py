@@ -63,7 +63,7 @@ def faults(tree: Any, path: str = "") -> list[str]:
     return own + [fault for key, value in tree.items() for fault in faults(value, f"{path}/{key}")]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the whole suite, interpreted
 def test_every_part_runs(record: dict[str, Any]) -> None:
     assert record["figures"] == "measured"
     assert tuple(record["parts"]) == PARTS
@@ -76,7 +76,7 @@ def test_every_part_runs(record: dict[str, Any]) -> None:
     assert len(place["date"]) == 10
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the whole suite, interpreted
 def test_floors_and_kernels_are_measured(record: dict[str, Any]) -> None:
     floors, kernels = (record["parts"][name]["items"] for name in ("floors", "kernels"))
     assert floors["copy"]["bytes_per_s"] > 0
@@ -96,7 +96,7 @@ def test_floors_and_kernels_are_measured(record: dict[str, Any]) -> None:
     assert len(ahead["compiled"]) == ahead["tasks"]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the whole suite, interpreted
 def test_layers_are_checked_and_compared(record: dict[str, Any]) -> None:
     (layer,) = record["parts"]["layers"]["items"].values()
     variants = layer["variants"]
@@ -109,7 +109,7 @@ def test_layers_are_checked_and_compared(record: dict[str, Any]) -> None:
     assert layer["choices"]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the whole suite, interpreted
 def test_steps_are_compared(record: dict[str, Any]) -> None:
     items = record["parts"]["steps"]["items"]
     methods = ("floor", "instantaneous", "default", "peft-lora", "peft-adalora")
@@ -126,7 +126,7 @@ def test_steps_are_compared(record: dict[str, Any]) -> None:
     assert items["graphs"]["captured"] is False
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the whole suite, interpreted
 def test_tests_are_counted(record: dict[str, Any]) -> None:
     found = record["parts"]["tests"]["items"]["pytest"]
     assert found["passed"] > 0
@@ -135,7 +135,7 @@ def test_tests_are_counted(record: dict[str, Any]) -> None:
     assert file["skip_reasons"] == ["needs a CUDA device"]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the whole suite, interpreted
 def test_the_page_says_what_was_measured(
     record: dict[str, Any], record_file: Path, modules: dict[str, ModuleType]
 ) -> None:
@@ -145,6 +145,21 @@ def test_the_page_says_what_was_measured(
     for text in ("## GPU tests", "PEFT AdaLoRA", "ours, pointers", "dy_pass", "TFLOP/s", "Unsloth: skipped"):
         assert text in page
     assert "falls back" not in page
+
+
+@pytest.mark.slow
+def test_chosen_parts_run(tmp_path: Path) -> None:
+    """What every run of the tests makes of the suite; the whole of it takes a minute."""
+    output = tmp_path / "record.json"
+    environment = {k: v for k, v in os.environ.items() if k not in ("IGULORA_BACKEND", "TRITON_INTERPRET")}
+    options = ["--tiny", "--only", "floors", "--only", "kernels", "--output", str(output)]
+    command = [sys.executable, str(FOLDER / "gpu_suite.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(output.read_text(encoding="utf-8"))["parts"]
+    assert set(parts) == {"floors", "kernels"}
+    assert not faults(parts)
+    assert "dy_pass" in output.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_a_fallback_is_said_first(modules: dict[str, ModuleType]) -> None:
@@ -324,7 +339,7 @@ def test_a_run_of_one_part_has_a_file_of_its_own(modules: dict[str, ModuleType])
     assert names == ["2026-01-01-some-gpu.json", "2026-01-01-some-gpu-compiled.json"]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # the whole suite, interpreted
 def test_compiled_models_are_a_part_that_is_asked_for(tmp_path: Path, modules: dict[str, ModuleType]) -> None:
     suite, file = modules["gpu_suite"], tmp_path / "record.json"
     command = [sys.executable, str(FOLDER / "gpu_suite.py"), "--tiny", "--only", "compiled", "--output", str(file)]

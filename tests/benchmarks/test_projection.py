@@ -82,7 +82,7 @@ def check_projected_is_counted_in_full_depth(name: str, shape: Shape) -> None:
         assert projected[kind].device_s == pytest.approx(count.device_seconds(roofline), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n == "default" else n for n in NAMES])
 def test_two_shallow_models_say_what_a_deep_one_costs(name: str) -> None:
     assert TINY.even
     check_projected_is_counted_in_full_depth(name, TINY)
