@@ -33,7 +33,7 @@ def rank_of(name: str, config: IGUConfig, parameter: str | None = None) -> int:
 
 
 def stored_rank(rank: int, config: IGUConfig) -> int:
-    """Triplets that are stored per block where ``rank`` live at the start: with those that the layer may gain."""
+    """Triplets that are stored where ``rank`` live at the start: with those that the layer may gain."""
     return config.initial_rank if config.bidirectional and rank else rank
 
 

@@ -7,8 +7,28 @@ from dataclasses import dataclass
 PHASES = ("warmup", "pruning", "final")
 
 
+class _Times:
+    """Where in a run a step lies: nothing happens up to t_i, ranks change until T - t_f and are fixed from there on."""
+
+    t_init: int
+    t_end: int
+    delta_t: int
+
+    def phase(self, step: int) -> str:
+        """ "warmup" (ranks are those at the start), "pruning" (they change) or "final" (they are fixed)."""
+        if step <= self.t_init:
+            return "warmup"
+        return "pruning" if step < self.t_end else "final"
+
+    @property
+    def first_allocation(self) -> int:
+        """Step of the first allocation."""
+        due = (self.t_init // self.delta_t + 1) * self.delta_t
+        return min(due, self.t_end)
+
+
 @dataclass(frozen=True)
-class BudgetSchedule:
+class BudgetSchedule(_Times):
     """``b(t) = b_target + (b_init - b_target)(1 - (t - t_i)/(T - t_f - t_i))^3`` between t_i and T - t_f, every ``delta_t`` steps.
 
     Args:
@@ -35,21 +55,9 @@ class BudgetSchedule:
         """Whether triplets are allocated after ``step``."""
         return step == self.t_end or (self.t_init < step < self.t_end and step % self.delta_t == 0)
 
-    def phase(self, step: int) -> str:
-        """ "warmup" (all triplets), "pruning" or "final" (ranks fixed)."""
-        if step <= self.t_init:
-            return "warmup"
-        return "pruning" if step < self.t_end else "final"
-
-    @property
-    def first_allocation(self) -> int:
-        """Step of the first allocation."""
-        due = (self.t_init // self.delta_t + 1) * self.delta_t
-        return min(due, self.t_end)
-
 
 @dataclass(frozen=True)
-class ExchangeSchedule:
+class ExchangeSchedule(_Times):
     """``b(t) = round(b0 (1 - (t - t_i)/(T - t_f))^3)``: how many triplets are lost, and gained, at an adjustment (ALGORITHMS 4; FlexLoRA).
 
     0 outside t_i < t < T - t_f. The denominator is the source's: something is left to move at the end.
@@ -74,14 +82,3 @@ class ExchangeSchedule:
     def is_due(self, step: int) -> bool:
         """Whether triplets move after ``step``."""
         return step % self.delta_t == 0 and self.moves_at(step) > 0
-
-    def phase(self, step: int) -> str:
-        """ "warmup" (nothing moves yet), "pruning" (triplets move) or "final" (ranks fixed)."""
-        if step <= self.t_init:
-            return "warmup"
-        return "pruning" if step < self.t_end else "final"
-
-    @property
-    def first_allocation(self) -> int:
-        """Step of the first adjustment."""
-        return min((self.t_init // self.delta_t + 1) * self.delta_t, self.t_end)

@@ -18,6 +18,7 @@ from .budget import ExchangeSchedule
 from .config import IGUConfig
 from .importance import Importance
 
+_Place = tuple[int, int]  # number of a matrix, and a row of it
 _NORM_OF_GAUSSIAN = 0.02  # PEFT's start: the standard deviation of an entry
 
 
@@ -161,13 +162,12 @@ class Exchange:
             self.config.min_rank,
         )
         weakest = scores if self.config.method == "igu-flex" and self.config.scored else lambdas.abs()
-        gained: list[int] = []
         after = live.clone()
         for k in moves.losers:
             after[_weakest(weakest[parts[k]], live[parts[k]] > 0) + parts[k].start] = 0.0
-        for k in moves.gainers:
-            gained.append(int((live[parts[k]] == 0).nonzero()[0]) + parts[k].start)
-            after[gained[-1]] = 1.0
+        gained = [(k, int((live[parts[k]] == 0).nonzero()[0])) for k in moves.gainers]
+        for k, row in gained:
+            after[parts[k].start + row] = 1.0
         _forget(bank, importance, optimizer, gained, sums)
         self._write(after, live, gained, step)
         self._total = int(after.sum())
@@ -185,17 +185,18 @@ class Exchange:
             return float(lambdas.norm())
         return float(scores[live].mean()) if lambdas.numel() else 0.0
 
-    def _write(self, after: Tensor, before: Tensor, gained: list[int], step: int) -> None:
+    def _write(self, after: Tensor, before: Tensor, gained: list[_Place], step: int) -> None:
         """Masks and lambda of all triplets, and the directions of those gained."""
         bank, device = self.bank, self.bank.device
         live = after.to(device)
         bank.lambdas.mul_((after * before).to(device))  # what an optimizer did to a masked lambda goes, too
         bank.live = live
         bank.mask.copy_(live)
-        for triplet in gained:
-            layer, row = _place(bank, triplet)
-            generator = torch.Generator().manual_seed(_seed(self.config.seed, step, triplet))
-            alive = (after[bank.starts[layer.slot] : bank.starts[layer.slot + 1]] > 0).tolist()
+        for k, row in gained:
+            layer: Any = bank.layers[k]
+            first = bank.starts[k]
+            generator = torch.Generator().manual_seed(_seed(self.config.seed, step, first + row))
+            alive = (after[first : bank.starts[k + 1]] > 0).tolist()
             others = [i for i, lives in enumerate(alive) if lives and i != row]
             for name in ("lora_P", "lora_Q"):
                 matrix: Tensor = getattr(layer, name)
@@ -227,12 +228,6 @@ def _weakest(values: Tensor, live: Tensor) -> int:
     return min(reversed(numbers), key=lambda i: float(values[i]))
 
 
-def _place(bank: Bank, triplet: int) -> tuple[Any, int]:
-    """Layer and row of a triplet."""
-    slot = next(k for k, stop in enumerate(bank.starts[1:]) if triplet < stop)
-    return bank.layers[slot], triplet - bank.starts[slot]
-
-
 def _seed(seed: int, step: int, triplet: int) -> int:
     """The same in every process and after a resume; another for every direction."""
     return (seed * 1_000_003 + step * 7_919_777 + triplet * 104_729) % 2**63
@@ -258,16 +253,15 @@ def _forget(
     bank: Bank,
     importance: Importance,
     optimizer: torch.optim.Optimizer,
-    gained: list[int],
+    gained: list[_Place],
     sums: tuple[Tensor | None, ...],
 ) -> None:
     """Score states, sums and the optimizer's moments of new triplets start at zero; all others stay what they are."""
     kept = [importance.mean, importance.deviation, *(flat.detach() for flat in sums if flat is not None)]
     views = [bank.matrix_views(flat) for flat in kept]
-    importance.terms[:, gained] = 0.0
-    for triplet in gained:
-        layer, row = _place(bank, triplet)
-        name = bank.names[layer.slot]
+    for k, row in gained:
+        layer, name = bank.layers[k], bank.names[k]
+        importance.terms[:, bank.starts[k] + row] = 0.0
         for part in ("lora_P", "lora_E", "lora_Q"):
             for view in views:
                 view[name, part][row] = 0.0
