@@ -80,18 +80,25 @@ def recorded() -> Iterator[list[Launch]]:
 # -- what a launch must move ------------------------------------------------------------------------------------------
 
 
+def _windows(rows: Tensor, factor: Tensor) -> int:
+    """Blocks of a block-diagonal adapter: windows of a row of x or y, by the length of Q's or P's rows."""
+    return rows.shape[1] // factor.shape[1]
+
+
 def _project(fused: dict[str, Any], a: Launch) -> Traffic:
-    x, ranks = a["x2"], [Q.shape[0] for Q in a["Qs"]]
-    return fused["project"].traffic_project(
-        *x.shape, ranks, x.element_size(), a["tile"], x.device, seeded=a["seed"] is not None
-    )
+    x, Qs = a["x2"], a["Qs"]
+    windows = _windows(x, Qs[0])
+    M, K, ranks = x.shape[0], Qs[0].shape[1], [Q.shape[0] // windows for Q in Qs]
+    options = {"seeded": a["seed"] is not None, "windows": windows}
+    return fused["project"].traffic_project(M, K, ranks, x.element_size(), a["tile"], x.device, **options)
 
 
 def _project_parts(fused: dict[str, Any], a: Launch) -> Traffic:
-    x = a["x2"]
-    return fused["project"].traffic_project(
-        *x.shape, [a["Q"].shape[0]], x.element_size(), a["tile"], x.device, parts=True
-    )
+    x, Q = a["x2"], a["Q"]
+    windows = _windows(x, Q)
+    M, K, ranks = x.shape[0], Q.shape[1], [Q.shape[0] // windows]
+    options = {"parts": True, "windows": windows}
+    return fused["project"].traffic_project(M, K, ranks, x.element_size(), a["tile"], x.device, **options)
 
 
 def _product(fused: dict[str, Any], a: Launch) -> Traffic:
@@ -113,10 +120,12 @@ def _product(fused: dict[str, Any], a: Launch) -> Traffic:
 
 
 def _rank_term(fused: dict[str, Any], a: Launch) -> Traffic:
-    out, alpha = a["out"], a["alpha"]
+    out, F, alpha = a["out"], a["F"], a["alpha"]
+    windows = _windows(out, F)
     return fused["rank_term"].traffic_rank_term(
-        *out.shape,
-        a["F"].shape[0],
+        out.shape[0],
+        F.shape[1],
+        F.shape[0] // windows,
         out.element_size(),
         a["tile"],
         groups=0 if alpha is None else alpha.numel(),
@@ -124,6 +133,7 @@ def _rank_term(fused: dict[str, Any], a: Launch) -> Traffic:
         coef=a["coef"] is not None,
         bias=a["bias"] is not None,
         seeded=a["seed"] is not None,
+        windows=windows,
     )
 
 
@@ -134,31 +144,27 @@ def _factors(a: Launch) -> dict[str, Any]:
 
 
 def _dy_pass(fused: dict[str, Any], a: Launch) -> Traffic:
-    dy = a["dy2"]
-    wanted = {"want_ds": a["part_ds"] is not None, "want_dp": a["part_dp"] is not None}
-    return fused["dy_pass"].traffic_dy_pass(
-        *dy.shape, a["P"].shape[0], dy.element_size(), a["segments"], a["tile"], **wanted, **_factors(a)
-    )
+    dy, P = a["dy2"], a["P"]
+    windows = _windows(dy, P)
+    wanted = {"want_ds": a["part_ds"] is not None, "want_dp": a["part_dp"] is not None, "windows": windows}
+    sizes = (dy.shape[0], P.shape[1], P.shape[0] // windows, dy.element_size())
+    return fused["dy_pass"].traffic_dy_pass(*sizes, a["segments"], a["tile"], **wanted, **_factors(a))
 
 
 def _ds_sum(fused: dict[str, Any], a: Launch) -> Traffic:
     S = a["S"]
-    return fused["dy_pass"].traffic_ds_sum(
-        S.shape[0], a["R"], S.element_size(), a["part_ds"].shape[0], want_de=a["part_de"] is not None, **_factors(a)
-    )
+    windows = S.shape[0] if S.ndim == 3 else 1
+    sizes = (S.shape[-2], a["R"] // windows, S.element_size(), a["part_ds"].shape[0])
+    wanted = {"want_de": a["part_de"] is not None, "windows": windows}
+    return fused["dy_pass"].traffic_ds_sum(*sizes, **wanted, **_factors(a))
 
 
 def _dq_pass(fused: dict[str, Any], a: Launch) -> Traffic:
-    x = a["x2"]
-    return fused["dq_pass"].traffic_dq_pass(
-        x.shape[1],
-        a["ranks"],
-        x.element_size(),
-        a["segments"],
-        a["tile"],
-        seeded=a["seed"] is not None,
-        **_factors(a),
-    )
+    x, length = a["x2"], a["parts"][0].shape[2]
+    windows = x.shape[1] // length
+    ranks = [r // windows for r in a["ranks"]]
+    options = {"seeded": a["seed"] is not None, "windows": windows, **_factors(a)}
+    return fused["dq_pass"].traffic_dq_pass(length, ranks, x.element_size(), a["segments"], a["tile"], **options)
 
 
 def _sum_partials(fused: dict[str, Any], a: Launch) -> Traffic:
@@ -213,20 +219,25 @@ def must(launch: Launch) -> dict[str, Any]:
 # -- cases ------------------------------------------------------------------------------------------------------------
 
 
-def masters(setting: Setting, r: int, out: int, features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P, E, Q, mask of a layer, float32, with gradients wanted."""
+def masters(
+    setting: Setting, r: int, out: int, features: int, blocks: int = 1
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P, E, Q, mask of a layer, float32, with gradients wanted; r triplets in each of the blocks."""
     make = {"device": setting.device, "dtype": torch.float32}
+    r, out, features = r * blocks, out // blocks, features // blocks
     P, Q = torch.randn(r, out, **make) / out**0.5, torch.randn(r, features, **make) / features**0.5
     return P.requires_grad_(), torch.ones(r, **make).requires_grad_(), Q.requires_grad_(), torch.ones(r, **make)
 
 
-def operator_launches(setting: Setting, M: int, N: int, K: int, r: int, *, mixed: bool) -> list[Launch]:
+def operator_launches(
+    setting: Setting, M: int, N: int, K: int, r: int, *, mixed: bool, blocks: int = 1
+) -> list[Launch]:
     """What one forward and backward of ``svd_linear`` launches; in a mixed batch a fifth of 5 sequences are path rows."""
     make = {"device": setting.device}
     rows = M // 5 * 5 if mixed else M
     x = torch.randn(rows, K, dtype=setting.dtype, **make).requires_grad_()
     weight = torch.randn(N, K, dtype=setting.dtype, **make) / K**0.5
-    P, E, Q, mask = masters(setting, r, N, K)
+    P, E, Q, mask = masters(setting, r, N, K, blocks)
     options: dict[str, Any] = {}
     if mixed:
         accumulators = tuple(torch.zeros_like(t) for t in (P, E, Q))
@@ -292,9 +303,11 @@ def _unique(launches: list[Launch]) -> dict[str, Launch]:
     return found
 
 
-def layer(setting: Setting, clock: Clock, M: int, N: int, K: int, r: int, *, mixed: bool) -> dict[str, Any]:
+def layer(
+    setting: Setting, clock: Clock, M: int, N: int, K: int, r: int, *, mixed: bool, blocks: int = 1
+) -> dict[str, Any]:
     """Every kernel of one adapted layer; the base product apart."""
-    launches = operator_launches(setting, M, N, K, r, mixed=mixed)
+    launches = operator_launches(setting, M, N, K, r, mixed=mixed, blocks=blocks)
     return _timed(clock, _unique([a for a in launches if a.name != "base_product"]), seconds=1.0)
 
 
@@ -401,6 +414,9 @@ def items(setting: Setting) -> Iterator[tuple[str, Callable[[Deadline], dict[str
                     )
             if setting.tiny or (r == ranks[0] and K == N):
                 yield f"mixed batch {M}x{N}x{K} r{r}", lambda _, size=size: layer(setting, clock, *size, mixed=True)
+                blocks = 2 if setting.tiny else 8
+                name = f"{blocks} blocks {M}x{N}x{K} r{r}"
+                yield name, lambda _, size=size, n=blocks: layer(setting, clock, *size, mixed=False, blocks=n)
                 yield f"three layers {M}x{K} r{r}", lambda _, size=(M, K, r): _shared(setting, clock, *size)
         if r == ranks[0]:
             for part in (importance, orthogonality, allocation):

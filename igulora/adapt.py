@@ -12,11 +12,11 @@ from torch import nn
 from .adapter import SVDAdapter
 from .bank import Bank, base_model, find_bank
 from .bases import Base
-from .config import IGUConfig, named
+from .config import IGUConfig
 from .context import PathContext
 from .distributed import stop_averaging
 from .errors import MergeWarning, nearest
-from .exchange import put_aside
+from .exchange import check_moves, put_aside
 from .experts import AdaptedExperts, ExpertLinear, ExpertSlice, bases_of, find_slices, wrap_experts
 from .layers import AdaptedLayer, wrap
 from .pretrained import save_as_before, warn_when_saved
@@ -24,12 +24,6 @@ from .recompute import Recompute
 from .saved import SavedModule, TrainedWhole
 from .targets import find_saved, find_targets, tied_weights
 from .unwrap import reshard, unwrap
-
-
-def rank_of(name: str, config: IGUConfig, parameter: str | None = None) -> int:
-    """Triplets that live at the start in the layer of that full name, or in that slice of ``parameter``."""
-    whole = config.live_rank if parameter is None else named(config.rank_pattern, parameter, config.live_rank)
-    return named(config.rank_pattern, name, whole)
 
 
 def stored_rank(rank: int, config: IGUConfig) -> int:
@@ -76,18 +70,15 @@ def adapt(model: nn.Module, config: IGUConfig) -> nn.Module:
     layers = dict.fromkeys(find_targets(model, config, saved))
     slices = find_slices(model, config, saved)
     known = [*layers, *dict.fromkeys(slices.values()), *slices]
-    patterns = {
-        "rank_pattern": (config.rank_pattern, known),
-        "block_pattern": (config.block_pattern, [*layers, *slices]),
-    }
-    for option, (pattern, known) in patterns.items():
-        for ending in pattern:
+    for option in ("rank_pattern", "block_pattern"):
+        for ending in getattr(config, option):
             if not any(name == ending or name.endswith("." + ending) for name in known):
                 raise ValueError(
                     f"expected {option} to name adapted layers, got {ending!r}, which matches none.{nearest(ending, known)}"
                 )
     names = [name for name in bases_of(model) if name in layers or name in slices]
-    ranks = [rank_of(name, config, slices.get(name)) * config.blocks_of(name) for name in names]
+    ranks = [config.rank_at_start(name) for name in names]
+    check_moves(config, sum(rank > 0 for rank in ranks))
     inject(model, config, names, saved, [stored_rank(rank, config) for rank in ranks])
     put_aside(find_bank(model), ranks)
     return model

@@ -87,7 +87,7 @@ def align(
     ``a_l = I_l / sum I``, ``r_l = floor(P a_l / sqrt(in + out))`` within ``r_min`` and ``r_max``, where ``P = sum sqrt(in + out) r`` and
     ``I_l = mean |W * G|`` (RaLoRA-Pro).
 
-    With several processes all of them call this, and the first one's batches decide.
+    With several processes all of them call this; the first one measures its batches, and all get its answer, or its error.
 
     On the model's device one gradient is alive at a time; sums over the batches are kept on the host, in float32. The model runs in
     evaluation mode, and is afterwards what it was.
@@ -134,12 +134,17 @@ def align(
     loss_fn = (lambda batch: model(**batch).loss) if loss_fn is None else loss_fn
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, tuple[float, float]] = {}
-    with evaluating(model), _frozen(model):
-        for group in _groups(layers, memory):
-            sums = _gradients(group, held, loss_fn)
-            for name in group:
-                found[name] = _measure(name, group[name], sums.pop(name, None), exact_up_to, generator)
-    found = Processes().gather(found)[0]  # one answer for all
+
+    def measure() -> None:
+        with evaluating(model), _frozen(model):
+            for group in _groups(layers, memory):
+                sums = _gradients(group, held, loss_fn)
+                for name in group:
+                    found[name] = _measure(name, group[name], sums.pop(name, None), exact_up_to, generator)
+
+    processes = Processes()
+    processes.first_only(measure, "measure the gradients")
+    found = processes.gather(found)[0]
     ranks = (
         _shared_out(layers, {n: s for n, (_, s) in found.items()}, r, r_min, r_max) if pro else dict.fromkeys(layers, r)
     )
@@ -178,8 +183,9 @@ def _check_numbers(r: int, max_blocks: int, r_min: int, r_max: int | None) -> No
             raise ValueError(f"expected {name} to be an int >= 1, got {value!r}")
     if max_blocks & (max_blocks - 1):
         raise ValueError(f"expected max_blocks to be a power of two, got {max_blocks}")
-    if not r_min <= r <= (4 * r if r_max is None else r_max):
-        raise ValueError(f"expected r_min <= r <= r_max, got {r_min}, {r}, {r_max}")
+    most = 4 * r if r_max is None else r_max
+    if not r_min <= r <= most:
+        raise ValueError(f"expected r_min <= r <= r_max, got {r_min}, {r}, {most}")
 
 
 def _groups(layers: dict[str, Base], memory: float | None) -> Iterator[dict[str, Base]]:
@@ -215,12 +221,24 @@ def _gradients(layers: dict[str, Base], batches: list[Any], loss_fn: Loss) -> di
     sums: dict[str, Tensor] = {}
 
     def watch(name: str, base: Base) -> Any:
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            x = args[0]
-            return None if x.requires_grad else (x.detach().requires_grad_(), *args[1:])
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = given(args, kwargs)
+            if x.requires_grad:
+                return None
+            x = x.detach().requires_grad_()
+            return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
-        def leave(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
-            x = args[0].detach()
+        def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            x = args[0] if args else kwargs.get("input")
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"expected {name!r} to be called with its input alone, or by the name 'input', got {sorted(kwargs)}; leave it out of "
+                    "target_modules"
+                )
+            return x
+
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+            x = given(args, kwargs).detach()
 
             def add(dy: Tensor) -> None:
                 flat = dy.reshape(-1, base.out_features).to(torch.float32)
@@ -231,7 +249,8 @@ def _gradients(layers: dict[str, Base], batches: list[Any], loss_fn: Loss) -> di
             if y.requires_grad:
                 y.register_hook(add)
 
-        return [base.module.register_forward_pre_hook(enter), base.module.register_forward_hook(leave)]
+        before = base.module.register_forward_pre_hook(enter, with_kwargs=True)
+        return [before, base.module.register_forward_hook(leave, with_kwargs=True)]
 
     handles = [handle for name, base in layers.items() for handle in watch(name, base)]
     try:

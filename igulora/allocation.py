@@ -11,7 +11,7 @@ from .bank import Bank
 from .batches import on_device
 from .budget import BudgetSchedule
 from .config import IGUConfig
-from .exchange import Exchange
+from .exchange import Allocated, Exchange
 from .importance import Importance
 from .kernels import allocate_triplets
 
@@ -94,16 +94,8 @@ class Allocator:
         return self._table[step - first]
 
     @torch.no_grad()
-    def allocate(
-        self,
-        importance: Importance,
-        step: int,
-        optimizer: torch.optim.Optimizer | None = None,
-        sums: tuple[Tensor | None, ...] = (),
-    ) -> dict[str, float] | None:
+    def allocate(self, importance: Importance, step: int) -> Allocated:
         """Choose b(step) triplets and write live mask, lambdas and, once ranks are fixed, the masks of the layers.
-
-        ``optimizer`` and ``sums`` stay as they are: no triplet is new.
 
         Raises:
             ValueError: the policy needs scores and fewer than three updates were made.
@@ -122,7 +114,7 @@ class Allocator:
         bank.lambdas.mul_(live)  # soft: a pruned lambda is 0 now and may grow back until the next allocation
         if config.prune == "hard" or self.schedule.phase(step) == "final":
             bank.mask.copy_(live)
-        return None
+        return Allocated()
 
 
 def allocator_of(bank: Bank, config: IGUConfig, initial: int | None = None) -> Allocator | Exchange:

@@ -263,9 +263,24 @@ class IGUConfig:
         # A window scores at least one micro-batch; AdaLoRA's window of one is the case in point.
         self.ig_every = min(self.ig_every, self.window)  # type: ignore[type-var]
 
+    def rank_of(self, name: str) -> int:
+        """Triplets that live at the start in each block of the layer, or slice of experts, of that full name."""
+        return self._of(self.rank_pattern, name, self.live_rank)
+
     def blocks_of(self, name: str) -> int:
-        """Blocks of the layer of that full name."""
-        return named(self.block_pattern, name, self.blocks)
+        """Blocks of the layer, or slice of experts, of that full name."""
+        return self._of(self.block_pattern, name, self.blocks)
+
+    def rank_at_start(self, name: str) -> int:
+        """Triplets that live at the start in all blocks of the layer, or slice of experts, of that full name."""
+        return self.rank_of(name) * self.blocks_of(name)
+
+    def _of(self, pattern: dict[str, int], name: str, default: int) -> int:
+        """What a pattern gives a layer; to a slice of experts what it gives their parameter, unless it names the slice."""
+        owner = name.rpartition(".")[0]
+        if any(owner == wanted or owner.endswith("." + wanted) for wanted in self.target_parameters):
+            default = named(pattern, owner, default)
+        return named(pattern, name, default)
 
     def _check_blocks(self) -> None:
         for name, blocks in {"": self.blocks, **self.block_pattern}.items():

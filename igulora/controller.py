@@ -14,9 +14,10 @@ from .allocation import allocator_of
 from .bank import Bank, find_bank, find_config
 from .budget import PHASES
 from .config import MIN_UPDATES, IGUConfig
-from .controller_state import check_controller_state
-from .distributed import check_averaged, check_synced, find_averaging, find_processes
+from .controller_state import controller_state, load_controller_state
+from .distributed import check_averaged, check_synced, find_processes
 from .errors import nearest
+from .gained import start_anew
 from .importance import Importance
 from .kernels import orthogonality_grad_
 from .objective import LossFn, Objective, TrainFn
@@ -373,9 +374,11 @@ class Controller:
         self.global_step += 1
         due = config.adaptive and self.allocator.schedule.is_due(self.global_step) and not self._lacks_scores()
         if due:
-            sums = (bank._path, self.passes.absolute)
-            seen = self.allocator.allocate(self.importance, self.global_step, self.optimizer, sums)
-            self.log.allocated(self.global_step, self.budget, seen)
+            done = self.allocator.allocate(self.importance, self.global_step)
+            if done.gained:
+                assert self.optimizer is not None  # checked above
+                start_anew(bank, self.importance, self.optimizer, done.gained, (bank._path, self.passes.absolute))
+            self.log.allocated(self.global_step, self.budget, done.importance)
         self._reset_step()
         self._watch.keep()
         return StepInfo(self.global_step, self.budget, self.phase, scored, due)
@@ -423,54 +426,12 @@ class Controller:
 
         Of several processes each has sums of its own inside a window; :meth:`PathPasses.reduce_window` of ``passes`` makes them equal.
         """
-        self.bank.refresh()
-        passes, scores = self.passes.state_dict(), self.importance.state_dict()
-        tensors: dict[str, Tensor] = {
-            "live": self.bank.live,
-            **{k: v for k, v in scores.items() if isinstance(v, Tensor)},
-            **passes["tensors"],
-        }
-        meta = {
-            "modules": {name: layer.r for name, layer in zip(self.bank.names, self.bank.layers, strict=True)},
-            "global_step": self.global_step,
-            "start_step": self._start_step,
-            "updates": scores["updates"],
-            "initial_budget": self.allocator.initial_budget,
-            "passes": passes["meta"],
-            # Of a step under way: its gradients are the model's to keep (save_checkpoint does).
-            "pending": {
-                "unstepped": self.bank.context.unstepped,
-                "regularised": self._regularised,
-                "ran_backward": self._ran_backward,
-            },
-            **self.log.state_dict(),
-        }
-        return {"tensors": {k: v.detach().cpu().clone() for k, v in tensors.items()}, "meta": meta}
+        return controller_state(self)
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken, on a model with the same adapter.
 
         Raises:
             ValueError: the state is damaged or belongs to another adapter; nothing is changed then.
         """
-        self.bank.refresh()
-        self._follow_device()
-        check_controller_state(self, state)
-        tensors, meta = state["tensors"], state["meta"]
-        bank = self.bank
-        self.importance.load_state_dict({**tensors, "updates": meta["updates"]})
-        bank.live = tensors["live"].to(bank.device, bank.dtype)
-        self.allocator = allocator_of(bank, self.config, initial=int(meta["initial_budget"]))
-        self.passes.load_state_dict(tensors, meta["passes"])
-        self.global_step = int(meta["global_step"])
-        self._start_step = int(meta.get("start_step", 0))
-        self.log.load_state_dict(meta)
-        self._reset_step()
-        pending = meta.get("pending")  # format 1 saved between steps only
-        if pending is not None:
-            bank.context.unstepped = pending["unstepped"]
-            self._regularised, self._ran_backward = pending["regularised"], pending["ran_backward"]
-            averaging = find_averaging(self.model)
-            if averaging is not None:
-                averaging.averaged = True  # save_checkpoint did it with what it saved
+        load_controller_state(self, state)

@@ -1,4 +1,4 @@
-"""A saved controller's state, checked as a whole before a controller takes any of it."""
+"""A controller's state: what is saved, and checked as a whole before a controller takes any of it. The other half of ``controller.py``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,66 @@ import torch
 from torch import Tensor
 
 from .adapter_file import is_count, is_event
+from .allocation import allocator_of
+from .distributed import find_averaging
 
 if TYPE_CHECKING:
     from .controller import Controller
 
 _COUNTS = ("global_step", "updates", "initial_budget")
+
+
+def controller_state(controller: Controller) -> dict[str, Any]:
+    """:meth:`Controller.state_dict`."""
+    bank = controller.bank
+    bank.refresh()
+    passes, scores = controller.passes.state_dict(), controller.importance.state_dict()
+    tensors: dict[str, Tensor] = {
+        "live": bank.live,
+        **{k: v for k, v in scores.items() if isinstance(v, Tensor)},
+        **passes["tensors"],
+    }
+    meta = {
+        "modules": {name: layer.r for name, layer in zip(bank.names, bank.layers, strict=True)},
+        "global_step": controller.global_step,
+        "start_step": controller._start_step,
+        "updates": scores["updates"],
+        "initial_budget": controller.allocator.initial_budget,
+        "passes": passes["meta"],
+        # Of a step under way: its gradients are the model's to keep (save_checkpoint does).
+        "pending": {
+            "unstepped": bank.context.unstepped,
+            "regularised": controller._regularised,
+            "ran_backward": controller._ran_backward,
+        },
+        **controller.log.state_dict(),
+    }
+    return {"tensors": {k: v.detach().cpu().clone() for k, v in tensors.items()}, "meta": meta}
+
+
+@torch.no_grad()
+def load_controller_state(controller: Controller, state: dict[str, Any]) -> None:
+    """:meth:`Controller.load_state_dict`."""
+    bank = controller.bank
+    bank.refresh()
+    controller._follow_device()
+    check_controller_state(controller, state)
+    tensors, meta = state["tensors"], state["meta"]
+    controller.importance.load_state_dict({**tensors, "updates": meta["updates"]})
+    bank.live = tensors["live"].to(bank.device, bank.dtype)
+    controller.allocator = allocator_of(bank, controller.config, initial=int(meta["initial_budget"]))
+    controller.passes.load_state_dict(tensors, meta["passes"])
+    controller.global_step = int(meta["global_step"])
+    controller._start_step = int(meta.get("start_step", 0))
+    controller.log.load_state_dict(meta)
+    controller._reset_step()
+    pending = meta.get("pending")  # format 1 saved between steps only
+    if pending is not None:
+        bank.context.unstepped = pending["unstepped"]
+        controller._regularised, controller._ran_backward = pending["regularised"], pending["ran_backward"]
+        averaging = find_averaging(controller.model)
+        if averaging is not None:
+            averaging.averaged = True  # save_checkpoint did it with what it saved
 
 
 def check_controller_state(controller: Controller, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapt import check_plain, rank_of
+from .adapt import check_plain
 from .adapter_file import AdapterFile
 from .bases import Conv1DBase
 from .config import IGUConfig
@@ -95,7 +95,7 @@ def _from_lora(meta: PeftConfig, factors: Factors, saved: Factors, config: IGUCo
     if config is None:
         config, stored = _fixed(max(ranks.values()), meta), ranks
     else:
-        stored = {name: rank_of(name, config) for name in ranks}
+        stored = {name: config.rank_of(name) for name in ranks}
         for name, rank in ranks.items():
             if stored[name] < rank:
                 raise ValueError(

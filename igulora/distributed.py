@@ -78,11 +78,11 @@ class Processes:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def first_only(self, write: Callable[[], object]) -> None:
+    def first_only(self, write: Callable[[], object], what: str = "write its files") -> None:
         """Run ``write`` in the first process while the others wait; where it fails, all raise.
 
         Raises:
-            OSError, ValueError: what ``write`` raised; in the other processes a ValueError that quotes it.
+            Exception: what ``write`` raised; in the other processes a ValueError that quotes it and says ``what`` it was to do.
         """
         error: Exception | None = None
         if self.rank == 0:
@@ -94,7 +94,7 @@ class Processes:
         if error is not None:
             raise error
         if told[0] is not None:
-            raise ValueError(f"expected the first process to write its files, got {told[0]}")
+            raise ValueError(f"expected the first process to {what}, got {told[0]}")
 
 
 class _Averaging:

@@ -7,18 +7,19 @@ on the host by the rules of :func:`choose`, and writes the few rows that change:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bank import Bank
 from .budget import ExchangeSchedule
 from .config import IGUConfig
+from .gained import Place, check_states
 from .importance import Importance
 
-_Place = tuple[int, int]  # number of a matrix, and a row of it
 _NORM_OF_GAUSSIAN = 0.02  # PEFT's start: the standard deviation of an entry
 
 
@@ -71,6 +72,28 @@ def choose(
     return Moves(tuple(order[loser] for loser, _ in pairs), tuple(order[gainer] for _, gainer in pairs))
 
 
+def check_moves(config: IGUConfig, matrices: int) -> None:
+    """Raise ValueError where more triplets are to move at once than matrices can lose or gain; later on fewer move where fewer can."""
+    most = matrices // 2 if config.direction == "both" else matrices
+    if config.bidirectional and config.moves is not None and config.moves > max(most, 1):
+        raise ValueError(
+            f"expected moves of at most {max(most, 1)} for {matrices} matrices and direction={config.direction!r} (each loses or gains "
+            f"one), got {config.moves}"
+        )
+
+
+class Allocated(NamedTuple):
+    """What an allocation did beyond masks and lambdas.
+
+    Attributes:
+        importance: of every matrix, by its module's name, where matrices were ranked.
+        gained: rows that are new triplets, of which nothing may be left from before (:func:`igulora.gained.start_anew`).
+    """
+
+    importance: dict[str, float] | None = None
+    gained: Sequence[Place] = ()
+
+
 class Exchange:
     """Moves triplets between the matrices of a model, as :class:`Allocator` prunes them.
 
@@ -89,7 +112,9 @@ class Exchange:
             delta_t=config.delta_t or 1,
         )
         self._total: int | None = None
-        self._checked: int | None = None  # id of the optimizer that was found to fit
+        self._checked: tuple[int, bool] | None = (
+            None  # id of the optimizer that was found to fit, and whether it had states by then
+        )
 
     @property
     def initial_budget(self) -> int:
@@ -114,32 +139,18 @@ class Exchange:
                 f"expected the optimizer in igulora.Controller(model, optimizer=...) for method={self.config.method!r}, got none: its "
                 "moments for the rows of a triplet that is gained have to start at zero"
             )
-        if self._checked != id(optimizer):
-            _check_states(optimizer, self.bank)
-            self._checked = id(optimizer)
+        seen = (id(optimizer), bool(optimizer.state))
+        if self._checked != seen:
+            check_states(optimizer, self.bank)
+            self._checked = seen
 
     @torch.no_grad()
-    def allocate(
-        self,
-        importance: Importance,
-        step: int,
-        optimizer: torch.optim.Optimizer | None = None,
-        sums: tuple[Tensor | None, ...] = (),
-    ) -> dict[str, float]:
+    def allocate(self, importance: Importance, step: int) -> Allocated:
         """Move b(step) triplets. The outputs change by what the lost ones added; gained ones start at lambda = 0.
 
-        Args:
-            sums: flat buffers of an unfinished window, in which new triplets start at zero.
-
-        Returns:
-            The importance of every matrix, by its module's name.
-
         Raises:
-            ValueError: lambda or a score is not finite, there are fewer than three score updates, or no optimizer is known. Nothing is
-                changed then.
+            ValueError: lambda or a score is not finite, or there are fewer than three score updates. No triplet is changed then.
         """
-        self.check_optimizer(optimizer)
-        assert optimizer is not None
         bank = self.bank
         scores = _scores(bank, importance, self.config)
         table = torch.stack([bank.lambdas, bank.live, scores]).cpu()  # the one wait
@@ -168,10 +179,9 @@ class Exchange:
         gained = [(k, int((live[parts[k]] == 0).nonzero()[0])) for k in moves.gainers]
         for k, row in gained:
             after[parts[k].start + row] = 1.0
-        _forget(bank, importance, optimizer, gained, sums)
         self._write(after, live, gained, step)
         self._total = int(after.sum())
-        return dict(zip(bank.names, values, strict=True))
+        return Allocated(dict(zip(bank.names, values, strict=True)), gained)
 
     def _importance(self, lambdas: Tensor, live: Tensor, scores: Tensor) -> float:
         kind, lambdas = self.config.importance, lambdas[live]
@@ -185,7 +195,7 @@ class Exchange:
             return float(lambdas.norm())
         return float(scores[live].mean()) if lambdas.numel() else 0.0
 
-    def _write(self, after: Tensor, before: Tensor, gained: list[_Place], step: int) -> None:
+    def _write(self, after: Tensor, before: Tensor, gained: list[Place], step: int) -> None:
         """Masks and lambda of all triplets, and the directions of those gained."""
         bank, device = self.bank, self.bank.device
         live = after.to(device)
@@ -247,50 +257,3 @@ def _direction(matrix: Tensor, others: list[int], config: IGUConfig, generator: 
     for _ in range(2):  # once more: what rounding left
         rest = rest - basis @ (basis.t() @ rest)
     return (rest * (drawn.double().norm() / rest.norm().clamp(min=1e-30))).to(matrix)
-
-
-def _forget(
-    bank: Bank,
-    importance: Importance,
-    optimizer: torch.optim.Optimizer,
-    gained: list[_Place],
-    sums: tuple[Tensor | None, ...],
-) -> None:
-    """Score states, sums and the optimizer's moments of new triplets start at zero; all others stay what they are."""
-    kept = [importance.mean, importance.deviation, *(flat.detach() for flat in sums if flat is not None)]
-    views = [bank.matrix_views(flat) for flat in kept]
-    for k, row in gained:
-        layer, name = bank.layers[k], bank.names[k]
-        importance.terms[:, bank.starts[k] + row] = 0.0
-        for part in ("lora_P", "lora_E", "lora_Q"):
-            for view in views:
-                view[name, part][row] = 0.0
-            _forget_row(optimizer, getattr(layer, part), row)
-
-
-def _check_states(optimizer: torch.optim.Optimizer, bank: Bank) -> None:
-    """Raise where the optimizer does not train all adapters, or a row of its states cannot be set to zero."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if any(id(p) not in held for p in bank.parameters() if p.requires_grad and p.numel()):
-        raise ValueError(
-            f"expected the one optimizer that trains the adapters, got {type(optimizer).__name__} without some of their parameters: give "
-            "igulora.Controller(model, optimizer=...) the one made of igulora.param_groups(model)"
-        )
-    for param in bank.parameters():
-        for key, value in optimizer.state.get(param, {}).items():
-            if _has_rows(value, param) and not value.is_floating_point():
-                raise ValueError(
-                    f"expected an optimizer with states of floating-point numbers, got {key!r} of {type(optimizer).__name__} in "
-                    f"{value.dtype}: rows of a triplet that is gained have to start at zero there. Use one that does not quantise them"
-                )
-
-
-def _has_rows(value: Any, param: nn.Parameter) -> bool:
-    """Whether a state has an entry, or a row of them, for every row of its parameter."""
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == param.shape[0]
-
-
-def _forget_row(optimizer: torch.optim.Optimizer, param: nn.Parameter, row: int) -> None:
-    for value in optimizer.state.get(param, {}).values():
-        if _has_rows(value, param):
-            value[row] = 0

@@ -95,7 +95,7 @@ class ExpertLinear(AdaptedLayer, LinearAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """(tokens, in) -> (tokens, out)."""
-        return self.call(self.base_layer, x, fused=self.blocks == 1 and not self.base_layer.transposed)
+        return self.call(self.base_layer, x, fused=not self.base_layer.transposed)
 
 
 class _Routed(NamedTuple):

@@ -136,7 +136,7 @@ class FusedSVDLinear(AdaptedLayer, LinearAdapter):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if is_plain_product(self.base_layer):
-            return self.call(self.base_layer, x, fused=self.blocks == 1)
+            return self.call(self.base_layer, x, fused=True)
         return self.call(self.base_layer, x, fused=False, run=self.base.run)
 
 

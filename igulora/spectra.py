@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-_PROBES, _STEPS = 16, 48
-# Below this share of the largest value what a spectrum holds is rounding.
+_PROBES, _STEPS, _LEAD, _POWERS = 16, 64, 64, 3
+# Below this share of the largest value, or of the matrix' norm, what a spectrum holds is rounding: of the gradients, which are float32.
 _NOISE = 1e-7
+_ENDED = 1e-13  # length of a vector, for a matrix of norm 1, that is rounding
 
 
 def effective_rank(matrix: Tensor, exact_up_to: int = 1024, generator: torch.Generator | None = None) -> float:
@@ -44,44 +45,73 @@ def exact_erank(matrix: Tensor) -> float:
 
 @torch.no_grad()
 def sampled_erank(
-    matrix: Tensor, probes: int = _PROBES, steps: int = _STEPS, generator: torch.Generator | None = None
+    matrix: Tensor,
+    probes: int = _PROBES,
+    steps: int = _STEPS,
+    lead: int = _LEAD,
+    generator: torch.Generator | None = None,
 ) -> float:
-    """From estimates of ``sum sigma`` and ``sum sigma log sigma`` as traces of functions of ``A A^T``.
+    """From the leading singular values, and estimates of ``sum sigma`` and ``sum sigma log sigma`` over all others.
 
-    Lanczos with full reorthogonalisation from random signs; each step multiplies ``probes`` vectors by A and by A^T. The error falls with
-    the square root of ``probes`` times the smaller side.
+    A few values may weigh more than all others together, which random vectors hardly meet: ``lead`` of them come from a subspace that
+    powers of ``A A^T`` find. What is left of the matrix is sampled: traces of functions of ``A A^T`` by Lanczos with full
+    reorthogonalisation from ``probes`` vectors of random signs, ``steps`` products with A and A^T each. Float64: a Gram matrix squares the
+    spectrum, whose tail float32 would drown.
     """
-    wide = _wide(matrix).to(torch.promote_types(matrix.dtype, torch.float32))
+    wide = _wide(matrix).double()
     wide = wide / wide.norm()
     m = wide.shape[0]
-    steps = min(steps, m)
+    lead = min(lead, m)
+    start = torch.randn(m, lead, generator=generator, dtype=torch.float64).to(wide.device)
+    leading = torch.linalg.qr(start).Q
+    for _ in range(_POWERS):
+        leading = torch.linalg.qr(wide @ (wide.t() @ leading)).Q  # (m, n) @ (n, m) @ (m, lead)
+    total, entropy = _sums(torch.linalg.svdvals(leading.t() @ wide))
+    if lead < m:
+        weights, values = _quadrature(wide, leading, probes, min(steps, m - lead), generator)
+        more, more_entropy = _sums(values.clamp_(min=0.0).sqrt_(), weights)
+        total, entropy = total + more, entropy + more_entropy
+    return math.exp(math.log(total) + entropy / total)
+
+
+def _sums(sigma: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    """Of sigma and of -sigma log sigma; values below the noise count for nothing."""
+    sigma = torch.where(sigma > _NOISE, sigma, torch.zeros_like(sigma))
+    terms = (sigma, torch.special.entr(sigma))
+    return tuple(float((t if weights is None else weights * t).sum()) for t in terms)  # type: ignore[return-value]
+
+
+def _quadrature(
+    wide: Tensor, leading: Tensor, probes: int, steps: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Nodes (eigenvalues of ``A A^T`` outside ``leading``) and their weights, whose sum counts them: (probes, steps) each."""
+    m, lead = leading.shape
+
+    def outside(vectors: Tensor) -> Tensor:
+        return vectors - leading @ (leading.t() @ vectors)
+
     signs = torch.randint(0, 2, (m, probes), generator=generator) * 2 - 1
-    vector = (signs.double() / math.sqrt(m)).to(wide.device)
-    basis: list[Tensor] = []
-    diagonal, beside = [], []
-    for _ in range(steps):
-        basis.append(vector)
-        product = (wide @ (wide.t() @ vector.to(wide.dtype))).double()  # (m, n) @ (n, m) @ (m, probes)
-        diagonal.append((vector * product).sum(0))
+    vector = outside(signs.double().to(wide.device))
+    vector = vector / vector.norm(dim=0)
+    basis = wide.new_zeros((steps, m, probes))
+    diagonal, beside = wide.new_zeros((probes, steps)), wide.new_zeros((probes, steps))
+    for step in range(steps):
+        basis[step] = vector
+        product = outside(wide @ (wide.t() @ vector))  # (m, n) @ (n, m) @ (m, probes)
+        diagonal[:, step] = (vector * product).sum(0)
+        known = basis[: step + 1]
         for _ in range(2):  # once more: what rounding left
-            for known in basis:
-                product = product - known * (known * product).sum(0)
+            shares = torch.einsum("kmp,mp->kp", known, product)
+            product = product - torch.einsum("kmp,kp->mp", known, shares)
         length = product.norm(dim=0)
-        beside.append(length)
         # A vector that ends here has seen its whole Krylov space: zeros do not count in the first component.
-        vector = torch.where(length > 1e-10, product / length.clamp(min=1e-300), torch.zeros_like(product))
-    off = torch.stack(beside[:-1], 1) if steps > 1 else torch.zeros(probes, 0, dtype=torch.float64, device=wide.device)
-    off = torch.where(off > 1e-10, off, torch.zeros_like(off))
-    T = torch.diag_embed(torch.stack(diagonal, 1)) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+        ended = length <= _ENDED
+        beside[:, step] = torch.where(ended, torch.zeros_like(length), length)
+        vector = torch.where(ended, torch.zeros_like(product), product / length)
+    off = beside[:, :-1]
+    T = torch.diag_embed(diagonal) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
     values, vectors = torch.linalg.eigh(T.cpu())  # (probes, steps), (probes, steps, steps)
-    weights = vectors[:, 0, :].square() * m
-    sigma = values.clamp(min=0.0).sqrt()
-    kept = sigma > _NOISE
-    total = float((weights * sigma * kept).sum(1).mean())
-    entropy = float(
-        (weights * torch.where(kept, sigma * sigma.clamp(min=1e-300).log(), torch.zeros_like(sigma))).sum(1).mean()
-    )
-    return math.exp(math.log(total) - entropy / total)
+    return vectors[:, 0, :].square() * ((m - lead) / probes), values
 
 
 def _wide(matrix: Tensor) -> Tensor:

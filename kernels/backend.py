@@ -118,8 +118,8 @@ def _missing(device: torch.device) -> str | None:
     return f"tensors lie on a device of type {device.type!r}"
 
 
-def obstacle(like: Tensor, rank: int) -> str | None:
-    """Why no kernel can run on tensors of this device and dtype, and of this rank; None where one can."""
+def obstacle(like: Tensor, rank: int, dropped: int = 0) -> str | None:
+    """Why no kernel can run on tensors of this device and dtype, of this rank, with dropout in windows of ``dropped`` columns; or None."""
     missing = _missing(like.device)
     if missing is not None:
         return missing
@@ -129,6 +129,8 @@ def obstacle(like: Tensor, rank: int) -> str | None:
         return "Triton's interpreter computes products of bfloat16 wrongly"
     if rank > MAX_RANK:
         return f"the rank is {rank}, above {MAX_RANK}"
+    if dropped % 4:
+        return f"dropout's words come for 4 columns each, and blocks have windows of {dropped}"
     return None
 
 
@@ -144,8 +146,12 @@ def _expected(kind: str) -> bool:
     return kind == "meta" or (kind == "cpu" and not interpreting())
 
 
-def runs_fused(like: Tensor, rank: int = 0) -> bool:
-    """Whether an operator on tensors of this device and dtype, and of this rank, runs as a Triton kernel.
+def runs_fused(like: Tensor, rank: int = 0, dropped: int = 0) -> bool:
+    """Whether an operator on tensors of this device and dtype runs as a Triton kernel.
+
+    Args:
+        rank: the largest among its layers, of one block of a block-diagonal adapter.
+        dropped: columns of the windows of x in which dropout drops, 0 where it does not or where the window is all of x.
 
     Raises:
         ValueError: kernels were asked for by name and cannot run.
@@ -153,7 +159,7 @@ def runs_fused(like: Tensor, rank: int = 0) -> bool:
     forced = _forced[-1] if _forced else _from_environment()
     if forced == "reference" or (forced is None and _expected(like.device.type)):
         return False
-    reason = obstacle(like, rank)
+    reason = obstacle(like, rank, dropped)
     if reason is None:
         return True
     if forced == "triton":

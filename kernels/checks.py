@@ -67,6 +67,16 @@ def check_masters(out_features: int, in_features: int, P: Tensor, E: Tensor, Q: 
             )
 
 
+def check_given(S: Tensor | None, P: Tensor, blocks: int) -> None:
+    """S, where it is given, is that of these triplets, which are those of one block."""
+    if S is None:
+        return
+    if blocks > 1:
+        raise ValueError(f"expected S to be left to the operator for triplets in {blocks} blocks, got a tensor")
+    if S.ndim != 2 or S.shape[1] != P.shape[0]:
+        raise ValueError(f"expected S of shape (rows, {P.shape[0]}) for these triplets, got {tuple(S.shape)}")
+
+
 def check_device(x: Tensor, others: dict[str, Tensor | None]) -> None:
     """Every operand lies where x does."""
     device = x.device

@@ -62,11 +62,17 @@ class Ranges:
         return self.path < self.rows
 
 
+def by_group(rows: Tensor, groups: int) -> Tensor:
+    """(..., M, r) as (..., groups, M / groups, r)."""
+    *leading, M, rank = rows.shape
+    return rows.reshape(*leading, groups, M // groups, rank)
+
+
 def times_per_group(rows: Tensor, factor: Tensor | None) -> Tensor:
-    """(M, r) rows times a factor (n,) for each of n equal groups of rows, in the rows' dtype; unchanged without a factor."""
+    """(..., M, r) rows times a factor (n,) for each of n equal groups of rows, in the rows' dtype; unchanged without a factor."""
     if factor is None or factor.numel() == 0:
         return rows
-    grouped = rows.reshape(factor.numel(), rows.shape[0] // factor.numel(), rows.shape[1])
+    grouped = by_group(rows, factor.numel())
     return (grouped * factor.view(-1, 1, 1)).reshape(rows.shape).to(rows.dtype)
 
 
@@ -94,7 +100,7 @@ def rank_factors(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``alpha S`` (M, r) and ``c P`` (r, N) in x's dtype, whose product is the rank term; and S, empty where it was given."""
+    """``alpha S`` and ``c P`` in x's dtype, whose product is the rank term; and S, empty where it was given."""
     if S is None:
         keep = keep_factor(x2, seed, dropout_p)
         S = saved = into_rank(x2 if keep is None else x2 * keep, Q.to(x2.dtype))  # (M, K) @ (K, r)
@@ -106,13 +112,13 @@ def rank_factors(
 def training_rows(G: Tensor, alpha: Tensor | None, ranges: Ranges, train_groups: int) -> tuple[slice, Tensor]:
     """Which rows train, and their rows of the gradient G with the factor alpha of the chain rule."""
     rows = slice(0, ranges.train)
-    return rows, times_per_group(G[rows], None if alpha is None else alpha.reshape(-1)[:train_groups])
+    return rows, times_per_group(G[..., rows, :], None if alpha is None else alpha.reshape(-1)[:train_groups])
 
 
 def path_rows(G: Tensor, path_weight: Tensor, ranges: Ranges, path_start: int) -> tuple[slice, Tensor]:
     """Which rows are samples of the path, and their rows of the gradient G times the groups' weights."""
     rows = slice(ranges.path, None)
-    return rows, times_per_group(G[rows], path_weight.reshape(-1)[path_start:])
+    return rows, times_per_group(G[..., rows, :], path_weight.reshape(-1)[path_start:])
 
 
 def q_gradient(
@@ -124,23 +130,20 @@ def q_gradient(
     train_groups: int,
     path_start: int,
     wanted: bool,
-    length: int | None = None,
 ) -> Tensor | None:
     """dQ of the training rows (None unless wanted), after adding that of the path rows to ``path_Q``.
 
     Args:
-        G: (M, r) gradient of S without any group's factor. dropped: (M, K) input of Q. length: of Q's rows, K by default. Others: as in
-            ``svd_linear``.
+        G: gradient of S, without any group's factor. dropped: (M, K) input of Q. Others: as in ``svd_linear``.
     """
-    length = dropped.shape[1] if length is None else length
-    ranges = Ranges.of(G.shape[0], group_count(alpha, path_weight), train_groups, path_start)
+    ranges = Ranges.of(dropped.shape[0], group_count(alpha, path_weight), train_groups, path_start)
     if path_Q is not None and path_weight is not None and ranges.has_path:
         rows, weighed = path_rows(G, path_weight, ranges, path_start)
-        path_Q += over_rows(weighed, dropped[rows], length)
+        path_Q += over_rows(weighed, dropped[rows])
     if not wanted:
         return None
     rows, weighed = training_rows(G, alpha, ranges, train_groups)
-    return over_rows(weighed, dropped[rows], length)  # (r, M) @ (M, K)
+    return over_rows(weighed, dropped[rows])  # (r, M) @ (M, K)
 
 
 def empty_results(like: Tensor, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -148,7 +151,23 @@ def empty_results(like: Tensor, results: tuple[Tensor | None, ...]) -> tuple[Ten
     return tuple(like.new_empty((0,)) if t is None else t for t in results)
 
 
-def rank_buffer(like: Tensor, rows: int, rank: int) -> Tensor:
-    """Empty (rows, rank) as the running backend stores S and its gradient: kernels pad their rows to whole 16-byte accesses."""
-    columns = padded_rank(rank) if runs_fused(like, rank) else rank
-    return like.new_empty((rows, columns))[:, :rank]
+def windows(features: int, P: Tensor, Q: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[int, int]:
+    """(blocks of a layer with ``features`` outputs, columns of their windows of x if dropout drops there, else 0)."""
+    blocks = features // P.shape[1]
+    return blocks, Q.shape[1] if blocks > 1 and seed is not None and dropout_p > 0.0 else 0
+
+
+def serves(x: Tensor, features: int, P: Tensor, Q: Tensor, seed: Tensor | None, dropout_p: float) -> bool:
+    """Whether a layer with ``features`` outputs runs as Triton kernels."""
+    blocks, dropped = windows(features, P, Q, seed, dropout_p)
+    return runs_fused(x, P.shape[0] // blocks, dropped)
+
+
+def rank_buffer(like: Tensor, rows: int, rank: int, blocks: int = 1, dropped: int = 0) -> Tensor:
+    """Empty S or gradient of S as the running backend stores it: kernels pad its rows to whole 16-byte accesses.
+
+    (rows, rank) for ordinary triplets, (blocks, rows, rank / blocks) for windowed ones; ``dropped`` as for ``runs_fused``.
+    """
+    own = rank // blocks
+    columns = padded_rank(own) if runs_fused(like, own, dropped) else own
+    return like.new_empty((rows, columns) if blocks == 1 else (blocks, rows, columns))[..., :own]

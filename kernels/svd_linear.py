@@ -19,21 +19,24 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import as_given, past_dispatcher, runs_fused
+from .backend import as_given, past_dispatcher
 from .checks import (
     Path,
     check_device,
     check_dropout,
+    check_given,
     check_input,
     check_masters,
     check_rows,
     check_same_dtype,
+    check_windows,
     under_autocast,
 )
 from .rows import (
     Again,
     Ranges,
     again_as,
+    by_group,
     empty_results,
     flat_alpha,
     group_count,
@@ -42,9 +45,11 @@ from .rows import (
     rank_buffer,
     rank_factors,
     rows_first,
+    serves,
     times_per_group,
+    windows,
 )
-from .windows import into_rank, out_of_rank, over_rows
+from .windows import into_rank, out_of_rank, over_rows, per_triplet
 
 _N_INPUTS = 18
 
@@ -69,10 +74,10 @@ def _reference_fwd(
     train_groups: int,
     path_start: int,
 ) -> tuple[Tensor, Tensor]:
-    """Reference forward. Returns y ``x.shape[:-1] + (out,)`` and S ``(M, r)``, both in x's dtype; S empty where it was given."""
+    """Reference forward. Returns y ``x.shape[:-1] + (out,)`` and S, both in x's dtype; S empty where it was given."""
     x2 = rows_first(x)
     T, Pc, saved = rank_factors(x2, P, E, Q, mask, alpha, S, seed, scale, dropout_p)
-    y = T @ Pc if bias is None else torch.addmm(bias, T, Pc)  # (M, r) @ (r, N)
+    y = out_of_rank(T, Pc, bias)  # (M, r) @ (r, N)
     y.addmm_(x2, weight.t())  # the base product accumulates onto the small term: one rounding at the size of y
     return y.view((*x.shape[:-1], weight.shape[0])), saved
 
@@ -98,7 +103,8 @@ def _fake_fwd(
     path_start,
 ):
     rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
-    saved = rank_buffer(x, rows, Q.shape[0]) if S is None else x.new_empty((0,))
+    blocks = windows(weight.shape[0], P, Q, seed, dropout_p)
+    saved = rank_buffer(x, rows, Q.shape[0], *blocks) if S is None else x.new_empty((0,))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), saved
 
 
@@ -142,12 +148,12 @@ def _reference_bwd(
     dyP = dy2.new_empty((x2.shape[0], 0))
     if need_x or need_e or need_q or need_s or sampled:
         dyP = into_rank(dy2, P.to(dt))  # (M, N) @ (N, r)
-        G = (dyP * c).to(dt)
+        G = (dyP * per_triplet(c, dyP)).to(dt)
     keep = None
     if G is not None and (need_x or (not need_s and (need_q or sampled))):
         keep = keep_factor(x2, seed, dropout_p)
     if need_x and G is not None:
-        dx = out_of_rank(times_per_group(G, factor), Q.to(dt), x2.shape[1])  # (M, r) @ (r, K)
+        dx = out_of_rank(times_per_group(G, factor), Q.to(dt))  # (M, r) @ (r, K)
         if keep is not None:
             dx *= keep
         if weight is not None:
@@ -158,20 +164,21 @@ def _reference_bwd(
     if need_b:
         db = dy2.sum(0)
     if need_p:
-        rows_of = times_per_group(S[train], None if factor is None else factor[:train_groups])
-        dP = over_rows(rows_of, dy2[train], P.shape[1]) * c.unsqueeze(1)  # (r, M) @ (M, N)
+        rows_of = times_per_group(S[..., train, :], None if factor is None else factor[:train_groups])
+        dP = over_rows(rows_of, dy2[train]) * c.unsqueeze(1)  # (r, M) @ (M, N)
     sums = c  # summed over the rows of a group before the group's factor: (n, r) numbers are left to weigh
     if need_e or sampled:
-        sums = (S.to(E.dtype) * dyP).reshape(groups, rows.per_group, E.shape[0]).sum(1)
+        sums = by_group(S.to(E.dtype) * dyP, groups).sum(-2)
+        sums = sums if sums.ndim == 2 else sums.transpose(0, 1).flatten(1)
     if sampled and path_P is not None and path_E is not None and at_path is not None:
-        path_P += over_rows(times_per_group(S[path], at_path), dy2[path], P.shape[1]) * c.unsqueeze(1)
+        path_P += over_rows(times_per_group(S[..., path, :], at_path), dy2[path]) * c.unsqueeze(1)
         path_E += (sums[path_start:] * at_path[:, None]).sum(0) * (scale * mask)
     if need_e:
         weighed = sums[:train_groups] if factor is None else sums[:train_groups] * factor[:train_groups, None]
         dE = weighed.sum(0) * (scale * mask)
     if G is not None and not need_s and (need_q or sampled):
         dropped = x2 if keep is None else x2 * keep
-        dQ = q_gradient(G, dropped, alpha, path_weight, path_Q, train_groups, path_start, need_q, Q.shape[1])
+        dQ = q_gradient(G, dropped, alpha, path_weight, path_Q, train_groups, path_start, need_q)
         dQ = None if dQ is None else dQ.to(Q.dtype)
     return empty_results(x, (dx, dW, db, dP, dE, dQ, G if need_s else None))  # type: ignore[return-value]
 
@@ -197,7 +204,7 @@ def _fake_bwd(
     path_start,
     needs,
 ):
-    shapes = (x.shape, None if weight is None else weight.shape, P.shape[1:], P.shape, E.shape, Q.shape)
+    shapes = (x.shape, None if weight is None else weight.shape, dy.shape[-1:], P.shape, E.shape, Q.shape)
     likes = (x, x, x, P, E, Q)
     grads = [
         like.new_empty(shape) if need else x.new_empty((0,))
@@ -209,21 +216,23 @@ def _fake_bwd(
 def _dispatch_fwd(x, weight, bias, P, E, Q, mask, alpha, S, *rest):
     operands = (x, weight, bias, P, E, Q, mask, alpha, S)
     with as_given(x):
-        if not runs_fused(x, P.shape[0]):
+        *_path, seed, scale, dropout_p, _train_groups, _path_start = rest  # path rows differ in the backward alone
+        if not serves(x, weight.shape[0], P, Q, seed, dropout_p):
             return _reference_fwd(*operands, *rest)
         from .fused import svd_linear as fused  # Triton takes half a second to import, and is absent on some platforms
 
-        *_path, seed, scale, dropout_p, _train_groups, _path_start = rest  # path rows differ in the backward alone
         return fused.forward(*operands, seed, scale, dropout_p)
 
 
-def _dispatch_bwd(dy, S, x, weight, P, *rest):
+def _dispatch_bwd(dy, S, x, weight, P, E, Q, *rest):
+    operands = (dy, S, x, weight, P, E, Q)
     with as_given(x):
-        if P.shape[1] != dy.shape[-1] or not runs_fused(x, P.shape[0]):  # no kernel walks over windows
-            return _reference_bwd(dy, S, x, weight, P, *rest)
+        *_tensors, seed, _scale, dropout_p, _train_groups, _path_start, _needs = rest
+        if not serves(x, dy.shape[-1], P, Q, seed, dropout_p):
+            return _reference_bwd(*operands, *rest)
         from .fused import svd_linear as fused
 
-        return fused.backward(dy, S, x, weight, P, *rest)
+        return fused.backward(*operands, *rest)
 
 
 def _dispatch_bwd_op(dy, S, x, *rest):
@@ -316,12 +325,13 @@ def svd_linear(
     Args:
         x: (..., in), any leading shape; compute dtype float64, float32, bfloat16 or float16.
         weight, bias: (out, in) and (out,) or None, in x's dtype.
-        P, E, Q, mask: (r, out), (r,), (r, in), (r,) masters, r >= 0.
+        P, E, Q, mask: (r, out), (r,), (r, in), (r,) masters, r >= 0. Or (r, out / n) and (r, in / n) of a block-diagonal adapter: the
+            triplets of one of n blocks after another over their windows of y and x (RaLoRA; ALGORITHMS 5).
         alpha: () or (n,): position on the path of all rows, or of each of n sequences (x's first dimension, or n equal groups of
             the rows of a 2-D x). 1 by default.
         scale: ``lora_alpha / r_init``.
         dropout_p, seed: probability of dropping an entry of x before Q, and the int64 seed its mask is drawn from; no seed, no dropout.
-        S: (M, r) of this layer from ``svd_project``, drawn with the same seed; computed here by default.
+        S: (M, r) of this layer from ``svd_project``, drawn with the same seed, of one block; computed here by default.
         train_groups: how many leading groups are training rows; all by default. With none, no parameter gets a gradient.
         path_start: first group of path rows; ``train_groups`` by default.
         path_weight, path: (n,) weights, and the (P, E, Q) accumulators, shaped like the masters, to which the backward adds the
@@ -340,7 +350,9 @@ def svd_linear(
     x, weight, bias = under_autocast(x, weight, bias)
     check_input(x, weight.shape[1], group_count(alpha, path_weight))
     check_same_dtype(x, {"weight": weight, "bias": bias})
-    check_masters(weight.shape[0], weight.shape[1], P, E, Q, mask)
+    blocks = check_windows(weight.shape[0], weight.shape[1], P, Q)
+    check_masters(weight.shape[0] // blocks, weight.shape[1] // blocks, P, E, Q, mask)
+    check_given(S, P, blocks)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"expected bias of shape {(weight.shape[0],)}, got {tuple(bias.shape)}")
     check_device(x, {"weight": weight, "P": P, "E": E, "Q": Q, "mask": mask, "alpha": alpha, "S": S})

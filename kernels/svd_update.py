@@ -8,17 +8,25 @@ once more. Eager calls write into y's own storage, compiled ones make a new tens
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _autograd
 
-from .backend import as_given, past_dispatcher, runs_fused
-from .checks import Path, check_device, check_dropout, check_input, check_masters, check_rows, check_windows
-from .rows import Again, again_as, group_count, rank_buffer, rank_factors, rows_first
+from .backend import as_given, past_dispatcher
+from .checks import (
+    Path,
+    check_device,
+    check_dropout,
+    check_given,
+    check_input,
+    check_masters,
+    check_rows,
+    check_windows,
+)
+from .rows import Again, again_as, group_count, rank_buffer, rank_factors, rows_first, serves, windows
 from .svd_linear import gradients
-from .windows import out_of_rank
+from .windows import add_out_of_rank
 
 
 def _reference(
@@ -35,29 +43,44 @@ def _reference(
     dropout_p: float,
     out: Tensor,
 ) -> Tensor:
-    """Fill ``out`` (y itself, or like it) and return S (M, r), empty where it was given."""
+    """Fill ``out`` (y itself, or like it) and return S, empty where it was given."""
     T, Pc, saved = rank_factors(rows_first(x), P, E, Q, mask, alpha, S, seed, scale, dropout_p)
-    torch.add(y, out_of_rank(T, Pc, y.shape[-1]).view(y.shape), out=out)  # (M, r) @ (r, N)
+    if out is not y:
+        out.copy_(y)
+    add_out_of_rank(rows_first(out), T, Pc)  # (M, r) @ (r, N)
     return saved
 
 
-def _windowed(y: Tensor, P: Tensor) -> bool:
-    """Whether the triplets are those of blocks; no kernel walks over their windows."""
-    return P.shape[1] != y.shape[-1]
-
-
-def _saved_like(y: Tensor, x: Tensor, P: Tensor) -> Tensor:
+def _saved_like(
+    y: Tensor, x: Tensor, P: Tensor, Q: Tensor, S: Tensor | None, seed: Tensor | None, dropout_p: float
+) -> Tensor:
+    if S is not None:
+        return x.new_empty((0,))
     rows = math.prod(x.shape[:-1])  # torch.Size.numel would fix symbolic sizes
-    return x.new_empty((rows, P.shape[0])) if _windowed(y, P) else rank_buffer(x, rows, P.shape[0])
+    return rank_buffer(x, rows, P.shape[0], *windows(y.shape[-1], P, Q, seed, dropout_p))
 
 
-def _run(y: Tensor, x: Tensor, P: Tensor, *rest: Any) -> Tensor:
+def _run(
+    y: Tensor,
+    x: Tensor,
+    P: Tensor,
+    E: Tensor,
+    Q: Tensor,
+    mask: Tensor,
+    alpha: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    out: Tensor,
+) -> Tensor:
+    operands = (y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p, out)
     with as_given(x):
-        if _windowed(y, P) or not runs_fused(x, P.shape[0]):
-            return _reference(y, x, P, *rest)
+        if not serves(x, y.shape[-1], P, Q, seed, dropout_p):
+            return _reference(*operands)
         from .fused import svd_linear as fused
 
-        return fused.update(y, x, P, *rest)
+        return fused.update(*operands)
 
 
 @torch.library.custom_op("igulora::svd_update", mutates_args=())
@@ -80,7 +103,7 @@ def _svd_update(
     train_groups: int,
     path_start: int,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the updated y and S ``(M, r)``; S empty where it was given."""
+    """Returns the updated y and S; S empty where it was given."""
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     return out, _run(y.contiguous(), x, P, E, Q, mask, alpha, S, seed, scale, dropout_p, out)
 
@@ -98,7 +121,7 @@ def _update_in_place(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """Updates y, which is contiguous; returns S ``(M, r)``, empty where it was given."""
+    """Updates y, which is contiguous; returns S, empty where it was given."""
     return _run(y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p, y)
 
 
@@ -106,16 +129,14 @@ _svd_update_ = torch.library.custom_op("igulora::svd_update_", mutates_args=("y"
 
 
 @_svd_update.register_fake
-def _(y, x, P, E, Q, mask, alpha, S, *_rest):
-    return (
-        torch.empty_like(y, memory_format=torch.contiguous_format),
-        _saved_like(y, x, P) if S is None else x.new_empty((0,)),
-    )
+def _(y, x, P, E, Q, mask, alpha, S, path_weight, path_P, path_E, path_Q, seed, scale, dropout_p, *_rest):
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return out, _saved_like(y, x, P, Q, S, seed, dropout_p)
 
 
 @_svd_update_.register_fake
-def _(y, x, P, E, Q, mask, alpha, S, *_rest):
-    return _saved_like(y, x, P) if S is None else x.new_empty((0,))
+def _(y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p):
+    return _saved_like(y, x, P, Q, S, seed, dropout_p)
 
 
 def _save(ctx, inputs, saved, again=None):
@@ -201,8 +222,6 @@ def svd_update(
 
     Args:
         y: (..., out), the base's output: not a leaf that requires gradients, and not needed by the base's own backward.
-        P, Q: (R, out / n) and (R, in / n), the triplets of one of n blocks after another over their windows of y and x (RaLoRA; n = 1: the
-            ordinary adapter).
         x: (..., in); converted to y's dtype. None where S is given and is no product of x with Q (``svd_embed``, ``svd_conv``): no
             gradient goes to x then. Others: as in ``svd_linear``.
 
@@ -225,6 +244,7 @@ def svd_update(
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"expected y and x of one leading shape, got {tuple(y.shape)} and {tuple(x.shape)}")
     check_masters(y.shape[-1] // blocks, Q.shape[-1], P, E, Q, mask)
+    check_given(S, P, blocks)
     check_device(x, {"y": y, "P": P, "E": E, "Q": Q, "mask": mask, "alpha": alpha, "S": S})
     check_dropout(dropout_p)
     train_groups, path_start = check_rows(alpha, path_weight, train_groups, path_start, path is not None)

@@ -34,6 +34,13 @@ class Traffic:
             self.flops + other.flops,
         )
 
+    def in_windows(self, windows: int, shared: int = 0) -> Traffic:
+        """Of one launch that does this in each of a block-diagonal adapter's windows; ``shared`` bytes of ``read`` are the same in all."""
+        if windows == 1:
+            return self
+        rest = (self.written, self.loaded, self.stored, self.flops)
+        return Traffic(self.read * windows - shared * (windows - 1), *(part * windows for part in rest))
+
     @property
     def moved(self) -> int:
         """Distinct bytes read and written."""

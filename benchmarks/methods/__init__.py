@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .layer_libraries import LoraFusion, PeftLiger, PeftUnsloth
 from .method import Adapted, Batch, Floor, FloorTwice, Method, Sampled
-from .ours import AsAdaLora, FlexLora, IguFlex, Igulora, Instantaneous, Lean, OnPath
+from .ours import AsAdaLora, FlexLora, IguFlex, Igulora, Instantaneous, Lean, OnPath, Ralora
 from .peft_methods import PeftAdaLora, PeftDora, PeftLora, PeftLoraNarrow, quiet_peft
 from .release import Release, ReleaseFinal
 
@@ -19,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
         AsAdaLora,
         FlexLora,
         IguFlex,
+        Ralora,
         PeftLora,
         PeftLoraNarrow,
         PeftDora,
@@ -65,6 +66,7 @@ __all__ = [
     "PeftLora",
     "PeftLoraNarrow",
     "PeftUnsloth",
+    "Ralora",
     "Release",
     "ReleaseFinal",
     "Sampled",

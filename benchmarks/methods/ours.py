@@ -11,6 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 import igulora
+from igulora.kernels.windows import widened
 from igulora.quadrature import path_factors
 
 from ..cases import Case
@@ -19,8 +20,18 @@ from .method import Adapted, Batch, Method, Sampled
 _SETTLED = 12  # steps
 
 
-def _weight(W0: Tensor, values: dict[str, Tensor], mask: Tensor, scale: float) -> Tensor:
-    return W0 + scale * (values["P"].t() * (mask.to(W0.dtype) * values["E"])) @ values["Q"]
+def _weight(W0: Tensor, values: dict[str, Tensor], layer: igulora.FusedSVDLinear) -> Tensor:
+    P, Q = (widened(values[part], layer.blocks) for part in "PQ")
+    E = values["E"] if "E" in values else layer.lora_E.detach().to(W0.dtype)  # method "lora" has no lambda to train
+    return W0 + layer.scale * (P.t() * (layer.mask.to(W0.dtype) * E)) @ Q
+
+
+def _adapted(model: nn.Module) -> Iterator[Adapted]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, igulora.FusedSVDLinear):
+            parts = {part: getattr(layer, f"lora_{part}") for part in "PEQ"}
+            trained = {part: value for part, value in parts.items() if value.requires_grad}
+            yield Adapted(name, trained, partial(_weight, layer=layer))
 
 
 class Igulora(Method):
@@ -96,10 +107,7 @@ class Igulora(Method):
             yield bank.path
 
     def adapted(self) -> Iterator[Adapted]:
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, igulora.FusedSVDLinear):
-                trained = {part: getattr(layer, f"lora_{part}") for part in "PEQ"}
-                yield Adapted(name, trained, partial(_weight, mask=layer.mask, scale=layer.scale))
+        yield from _adapted(self.model)
 
     def sample(self, batch: Batch) -> Sampled | None:
         passes = self.controller.passes
@@ -147,6 +155,21 @@ class IguFlex(Igulora):
     name = "igu-flex"
     title = "igulora, triplets moved by path scores, averaged over a scoring window"
     options: ClassVar[dict[str, object]] = {"method": "igu-flex"}
+
+
+class Ralora(Method):
+    """RaLoRA: fixed ranks in blocks, as many everywhere."""
+
+    name = "ralora"
+    title = "igulora, RaLoRA with 4 blocks"
+
+    def __init__(self, model: nn.Module, case: Case) -> None:
+        config = igulora.IGUConfig(method="ralora", blocks=4, r=case.rank, target_modules=case.target_modules)
+        super().__init__(igulora.adapt(model, config), case)
+        self._optimize(igulora.param_groups(self.model, lr=1e-4))
+
+    def adapted(self) -> Iterator[Adapted]:
+        yield from _adapted(self.model)
 
 
 class Lean(Igulora):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..adapt import rank_of
 from ..adapter_file import AdapterFile, read_adapter
 from ..training.extras import require
 from ..training.move_plots import has_moves, plot_moves
@@ -63,12 +62,13 @@ def run(args: argparse.Namespace) -> None:
     _print_scores(console, file, ranks)
     _print_history(console, file.meta["history"])
     if args.picture is not None:
-        plot_adapter(ranks, mean_scores(file), file.meta["history"], args.picture, config.initial_rank)
+        start = {name: config.rank_at_start(name) for name in ranks}
+        plot_adapter(ranks, start, mean_scores(file), file.meta["history"], args.picture)
         console.print(f"Picture: {args.picture}", highlight=False, soft_wrap=True)
-    if args.picture is not None and has_moves(file.meta["history"]):
-        moves = args.picture.with_stem(args.picture.stem + "-moves")
-        plot_moves(file.meta["history"], {name: rank_of(name, config) for name in ranks}, moves)
-        console.print(f"Rank movement: {moves}", highlight=False, soft_wrap=True)
+        if has_moves(file.meta["history"]):
+            moves = args.picture.with_stem(args.picture.stem + "-moves")
+            plot_moves(file.meta["history"], start, moves)
+            console.print(f"Rank movement: {moves}", highlight=False, soft_wrap=True)
 
 
 def triplet_scores(file: AdapterFile) -> dict[str, torch.Tensor]:

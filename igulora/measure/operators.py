@@ -2,7 +2,8 @@
 
 The launches are those that ``kernels/fused/svd_linear.py`` and its neighbours make, from shapes alone, so that a model on the CPU or on the
 meta device is counted as the GPU would run it. Launchers choose tiles, splits and the form of the base product by architecture: by the
-table that ships, not by what ``igulora tune`` measured somewhere.
+table that ships, not by what ``igulora tune`` measured somewhere. Calls that no kernel takes (``kernels/backend.py``) are counted as if
+one did.
 """
 
 from __future__ import annotations
@@ -80,8 +81,12 @@ def _base_product(
     coef: bool,
     bias: bool,
     seeded: bool,
+    windows: int,
 ) -> tuple[Cost, Cost]:
-    """(base, adapter) share of an (M, K) by (K, N) product with a rank term, in the form that the shipped table chooses."""
+    """(base, adapter) share of an (M, K) by (K, N) product with a rank term, in the form that the shipped table chooses.
+
+    R is the rank of each of ``windows`` blocks.
+    """
     from ..kernels.fused import choice, rank_term
     from ..kernels.fused.common import block_rank
     from ..kernels.fused.tiles import traffic_rank_tile
@@ -93,17 +98,19 @@ def _base_product(
     product = choice.default(problem, where.family)
     weight_columns = K if transposed else N
     aligned = all(n * itemsize % 16 == 0 for n in (K, weight_columns))
-    if product.form == "library" or (product.form == "descriptors" and not aligned):
+    if windows > 1 or product.form == "library" or (product.form == "descriptors" and not aligned):
         tile = rank_term.config(where.family, itemsize)
-        added = rank_term.traffic_rank_term(M, N, R, itemsize, tile, **term)
+        added = rank_term.traffic_rank_term(M, N // windows, R, itemsize, tile, windows=windows, **term)
         # The library's product reads back what it starts from.
         return base, _cost(added + Traffic(read=M * N * itemsize), 1)
     return base, _cost(traffic_rank_tile(M, N, R, itemsize, product.tile, **term), 0)
 
 
 @lru_cache(maxsize=4096)
-def _project(M: int, K: int, ranks: tuple[int, ...], itemsize: int, where: Architecture, seeded: bool) -> Cost:
-    """S of layers that read one x."""
+def _project(
+    M: int, K: int, ranks: tuple[int, ...], itemsize: int, where: Architecture, seeded: bool, windows: int = 1
+) -> Cost:
+    """S of layers that read one x; K columns and the ranks in each of the windows."""
     from ..kernels.fused import project
     from ..kernels.fused.common import block_rank
 
@@ -113,8 +120,9 @@ def _project(M: int, K: int, ranks: tuple[int, ...], itemsize: int, where: Archi
     for start in range(0, len(busy), together):
         chosen = busy[start : start + together]
         tile = project.config(where.family, itemsize, BLOCK_R, len(chosen), seeded)
-        splits, _ = project.k_splits(M, K, tile, where.processors)
-        traffic = project.traffic_project(M, K, chosen, itemsize, tile, where.processors, seeded=seeded)
+        splits, _ = project.k_splits(M, K, tile, where.processors, windows)
+        options = {"seeded": seeded, "windows": windows}
+        traffic = project.traffic_project(M, K, chosen, itemsize, tile, where.processors, **options)
         total += _cost(traffic, 1 + (splits > 1))
     return total
 
@@ -124,9 +132,16 @@ Job = tuple[int, int, int, int, bool, bool]
 
 @lru_cache(maxsize=4096)
 def _dq(
-    rows: _Rows, K: int, ranks: tuple[int, ...], itemsize: int, where: Architecture, wanted: bool, seeded: bool
+    rows: _Rows,
+    K: int,
+    ranks: tuple[int, ...],
+    itemsize: int,
+    where: Architecture,
+    wanted: bool,
+    seeded: bool,
+    windows: int = 1,
 ) -> tuple[Cost, tuple[Job, ...]]:
-    """The pass over x, and the sums that finish each dQ."""
+    """The pass over x, and the sums that finish each dQ; K columns and the ranks in each of the windows."""
     from ..kernels.fused import dq_pass
     from ..kernels.fused.common import block_rank
 
@@ -134,21 +149,22 @@ def _dq(
     ranges = rows.ranges
     end0 = ranges.train if wanted else 0
     start1 = ranges.path if rows.sampled else ranges.rows
-    segments = dq_pass.dq_segments(end0, start1, ranges.rows, K, tile, where.processors)
+    segments = dq_pass.dq_segments(end0, start1, ranges.rows, K, tile, where.processors, windows)
     cost = Cost()
     if segments.splits:
-        factors = {"alpha": rows.alpha, "weight": rows.sampled, "groups": rows.groups}
+        factors = {"alpha": rows.alpha, "weight": rows.sampled, "groups": rows.groups, "windows": windows}
         traffic = dq_pass.traffic_dq_pass(K, list(ranks), itemsize, segments, tile, seeded=seeded, **factors)
         cost = _cost(traffic, 1)
-    jobs = tuple((r * K, r * K, segments.splits0, segments.splits1, wanted, rows.sampled) for r in ranks)
+    sizes = [r * K * windows for r in ranks]
+    jobs = tuple((size, size, segments.splits0, segments.splits1, wanted, rows.sampled) for size in sizes)
     return cost, jobs
 
 
 @lru_cache(maxsize=4096)
 def _dy(
-    rows: _Rows, N: int, R: int, itemsize: int, where: Architecture, need_p: bool, need_e: bool
+    rows: _Rows, N: int, R: int, itemsize: int, where: Architecture, need_p: bool, need_e: bool, windows: int
 ) -> tuple[Cost, tuple[Job, ...]]:
-    """The passes over dy and their small sum, and the jobs that finish dP and dE."""
+    """The passes over dy and their small sum, and the jobs that finish dP and dE; N columns and R triplets in each of the windows."""
     from ..kernels.fused import dy_pass, project
     from ..kernels.fused.common import block_rank, cdiv, padded_rank
 
@@ -157,15 +173,16 @@ def _dy(
     tile = dy_pass.config(where.family, itemsize, block_rank(R))
     want_dp = need_p or sampled
     disjoint = ranges.path == ranges.train or not sampled
-    segments = dy_pass.dy_segments(ranges.train, ranges.train, M, N, tile, processors)
-    one_pass = dy_pass.in_one_pass(M, N, columns, tile)
+    segments = dy_pass.dy_segments(ranges.train, ranges.train, M, N, tile, processors, windows)
+    one_pass = dy_pass.in_one_pass(M, N, columns, tile, windows)
     costs: list[Cost] = []
     jobs: list[Job] = []
     blocks = cdiv(N, tile.BLOCK_N)
     if not one_pass:
         wide = project.config(where.family, itemsize, block_rank(R), 1)
-        blocks, _ = project.k_splits(M, N, wide, processors)
-        costs.append(_cost(project.traffic_project(M, N, [R], itemsize, wide, processors, parts=True), 1))
+        blocks, _ = project.k_splits(M, N, wide, processors, windows)
+        own = project.traffic_project(M, N, [R], itemsize, wide, processors, parts=True, windows=windows)
+        costs.append(_cost(own, 1))
     if one_pass or want_dp:
         traffic = dy_pass.traffic_dy_pass(
             M,
@@ -179,23 +196,24 @@ def _dy(
             alpha=rows.alpha,
             weight=sampled and disjoint,
             groups=rows.groups,
+            windows=windows,
         )
         costs.append(_cost(traffic, 1))
+    size = R * N * windows
     if want_dp:
-        jobs.append((R * N, R * N, segments.splits0, segments.splits1, need_p, sampled and disjoint))
+        jobs.append((size, size, segments.splits0, segments.splits1, need_p, sampled and disjoint))
     if not disjoint:
-        again = dy_pass.dy_segments(0, ranges.path, M, N, tile, processors)
-        options: dict[str, Any] = {"want_ds": False, "weight": True, "groups": rows.groups}
+        again = dy_pass.dy_segments(0, ranges.path, M, N, tile, processors, windows)
+        options: dict[str, Any] = {"want_ds": False, "weight": True, "groups": rows.groups, "windows": windows}
         costs.append(_cost(dy_pass.traffic_dy_pass(M, N, R, itemsize, again, tile, **options), 1))
-        jobs.append((R * N, R * N, 0, again.splits1, False, True))
+        jobs.append((size, size, 0, again.splits1, False, True))
     want_de = need_e or sampled
-    summed = dy_pass.traffic_ds_sum(
-        M, R, itemsize, blocks, want_de=want_de, alpha=rows.alpha, weight=sampled, groups=rows.groups
-    )
-    costs.append(_cost(summed, 1))
+    factors = {"alpha": rows.alpha, "weight": sampled, "groups": rows.groups, "windows": windows}
+    costs.append(_cost(dy_pass.traffic_ds_sum(M, R, itemsize, blocks, want_de=want_de, **factors), 1))
     if want_de:
         programs = cdiv(M, dy_pass.ds_tile(block_rank(R), itemsize).BLOCK_M)
-        jobs.append((R, columns, programs, programs if sampled else 0, need_e, sampled))
+        triplets = R * windows
+        jobs.append((triplets, padded_rank(triplets), programs, programs if sampled else 0, need_e, sampled))
     return _total(costs), tuple(jobs)
 
 
@@ -210,24 +228,32 @@ def _seeded(a: Arguments) -> bool:
     return a["seed"] is not None and a["dropout_p"] > 0.0
 
 
+def _windows(a: Arguments, N: int) -> tuple[int, int]:
+    """(blocks of a layer with N outputs, rank of each)."""
+    windows = N // a["P"].shape[1]
+    return windows, a["P"].shape[0] // windows
+
+
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
 def _svd_linear_fwd(a: Arguments, where: Architecture) -> Shares:
-    x, weight, R = a["x"], a["weight"], a["P"].shape[0]
+    x, weight = a["x"], a["weight"]
     (M, K), N, size = _matrix(x), weight.shape[0], x.element_size()
+    windows, R = _windows(a, N)
     if not M or not R:
         return {BASE: _plain_product(M, N, K, size)}
     groups = 0 if a["alpha"] is None else a["alpha"].numel()
     rank = (groups, True, a["bias"] is not None, False)
-    base, term = _base_product(M, N, K, R, x.dtype, where, True, *rank)
-    own = _project(M, K, (R,), size, where, _seeded(a)) if a["S"] is None else Cost()
+    base, term = _base_product(M, N, K, R, x.dtype, where, True, *rank, windows)
+    own = _project(M, K // windows, (R,), size, where, _seeded(a), windows) if a["S"] is None else Cost()
     return {BASE: base, ADAPTER: own + term}
 
 
 def _svd_linear_bwd(a: Arguments, where: Architecture) -> Shares:
-    x, dy, weight, R = a["x"], a["dy"], a["weight"], a["P"].shape[0]
+    x, dy, weight = a["x"], a["dy"], a["weight"]
     (M, K), N, size = _matrix(x), dy.shape[-1], x.element_size()
+    windows, R = _windows(a, N)
     need_x, need_w, need_b, need_p, need_e, need_q, need_s = a["needs"]
     base = _plain_product(N, K, M, size) if need_w else Cost()
     if need_b:
@@ -236,39 +262,51 @@ def _svd_linear_bwd(a: Arguments, where: Architecture) -> Shares:
         base += _plain_product(M, K, N, size) if need_x and weight is not None else Cost()
         return {BASE: base, ADAPTER: Cost()}
     rows = _Rows.of(a, M, a["path_P"] is not None)
-    adapter, jobs = _dy(rows, N, R, size, where, need_p, need_e)
+    adapter, jobs = _dy(rows, N // windows, R, size, where, need_p, need_e, windows)
     if not need_s and (need_q or rows.sampled):
-        pass_, more = _dq(rows, K, (R,), size, where, need_q, _seeded(a))
+        pass_, more = _dq(rows, K // windows, (R,), size, where, need_q, _seeded(a), windows)
         adapter, jobs = adapter + pass_, jobs + more
     if need_x:
         groups = rows.groups if rows.alpha else 0
         if weight is None:
-            adapter += _rank_term(M, K, R, x.dtype, where, groups, False, _seeded(a), False)
+            adapter += _rank_term(M, K // windows, R, x.dtype, where, groups, False, _seeded(a), False, windows)
         else:
-            product, term = _base_product(M, K, N, R, x.dtype, where, False, groups, False, False, _seeded(a))
+            rank = (groups, False, False, _seeded(a))
+            product, term = _base_product(M, K, N, R, x.dtype, where, False, *rank, windows)
             base, adapter = base + product, adapter + term
     return {BASE: base, ADAPTER: adapter + _sums(jobs)}
 
 
 @lru_cache(maxsize=4096)
 def _rank_term(
-    M: int, N: int, R: int, dtype: Any, where: Architecture, groups: int, coef: bool, seeded: bool, base: bool
+    M: int,
+    N: int,
+    R: int,
+    dtype: Any,
+    where: Architecture,
+    groups: int,
+    coef: bool,
+    seeded: bool,
+    base: bool,
+    windows: int,
 ) -> Cost:
     from ..kernels.fused import rank_term
 
     tile = rank_term.config(where.family, dtype.itemsize)
-    options = {"groups": groups, "coef": coef, "seeded": seeded, "base": base}
+    options = {"groups": groups, "coef": coef, "seeded": seeded, "base": base, "windows": windows}
     return _cost(rank_term.traffic_rank_term(M, N, R, dtype.itemsize, tile, **options), 1)
 
 
 def _svd_update(a: Arguments, where: Architecture) -> Shares:
-    x, y, R = a["x"], a["y"], a["P"].shape[0]
+    x, y = a["x"], a["y"]
     (M, K), N = _matrix(x), y.shape[-1]
+    windows, R = _windows(a, N)
     if not M or not R:
         return {ADAPTER: Cost()}
-    groups = 0 if a["alpha"] is None else a["alpha"].numel()
-    own = _project(M, K, (R,), x.element_size(), where, _seeded(a)) if a["S"] is None else Cost()
-    return {ADAPTER: own + _rank_term(M, N, R, x.dtype, where, groups, True, False, True)}
+    groups, size, own = 0 if a["alpha"] is None else a["alpha"].numel(), x.element_size(), Cost()
+    if a["S"] is None:
+        own = _project(M, K // windows, (R,), size, where, _seeded(a), windows)
+    return {ADAPTER: own + _rank_term(M, N // windows, R, x.dtype, where, groups, True, False, True, windows)}
 
 
 def _svd_project_fwd(a: Arguments, where: Architecture) -> Shares:

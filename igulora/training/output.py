@@ -69,8 +69,13 @@ def clear_output(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def check_same_run(folder: Path, wanted: dict[str, Any], may_differ: frozenset[str]) -> None:
+def check_same_run(
+    folder: Path, wanted: dict[str, Any], may_differ: frozenset[str], usual: dict[str, dict[str, Any]] | None = None
+) -> None:
     """Compare the options of the run in ``folder`` with those it is to be resumed with.
+
+    Args:
+        usual: defaults by part, which stand for options that the run's file does not have: those that came into being after it.
 
     Raises:
         ValueError: options differ (lists them), or the file is damaged.
@@ -79,14 +84,15 @@ def check_same_run(folder: Path, wanted: dict[str, Any], may_differ: frozenset[s
         former = read_json(folder / RUN_FILE)
     except ValueError as error:
         raise ValueError(f"{error}; start anew with --overwrite") from error
-    wanted = json.loads(json.dumps(wanted))
+    wanted, usual = json.loads(json.dumps(wanted)), json.loads(json.dumps(usual or {}))
     different = []
     for part in sorted(set(former) | set(wanted)):
         old, new = former.get(part), wanted.get(part)
         if isinstance(old, dict) and isinstance(new, dict):
             names = sorted(set(old) | set(new))
-            changed = [name for name in names if old.get(name) != new.get(name) and name not in may_differ]
-            different += [f"{name}: {old.get(name)!r} then, {new.get(name)!r} now" for name in changed]
+            before = {**usual.get(part, {}), **old}
+            changed = [name for name in names if before.get(name) != new.get(name) and name not in may_differ]
+            different += [f"{name}: {before.get(name)!r} then, {new.get(name)!r} now" for name in changed]
         elif old != new:
             different.append(f"{part}: {old!r} then, {new!r} now")
     if different:

@@ -79,23 +79,31 @@ def heat(
     figure.colorbar(image, ax=axis, label=label, pad=0.01)
 
 
-def plot_ranks(ranks: Mapping[str, int], path: Path, r: int) -> Path:
-    """Heat map of the live ranks, modules by layers; ``r`` is the rank the run started from (paper, figure 5)."""
+def _heat_ranks(figure: Any, axis: Any, ranks: Mapping[str, int], start: Mapping[str, int]) -> None:
+    now, before = sum(ranks.values()), sum(start.values())
+    title = f"Rank by layer and module: {now:,} triplets live, {before:,} at the start"
+    heat(figure, axis, ranks, max([1, *start.values(), *ranks.values()]), "live triplets", title)
+
+
+def plot_ranks(ranks: Mapping[str, int], start: Mapping[str, int], path: Path) -> Path:
+    """Heat map of the live ranks, modules by layers; ``start``: those that the run started from (paper, figure 5)."""
     width, height = heat_size(ranks)
     figure, axes = new_figure([height], 1, width)
-    title = f"Rank by layer and module: {sum(ranks.values()):,} of {r * len(ranks):,} triplets live"
-    heat(figure, axes[0][0], ranks, max([r, *ranks.values()]), "live triplets", title)
+    _heat_ranks(figure, axes[0][0], ranks, start)
     return saved(figure, path)
 
 
 def plot_adapter(
-    ranks: Mapping[str, int], scores: Mapping[str, float], history: Sequence[Mapping[str, Any]], path: Path, r: int
+    ranks: Mapping[str, int],
+    start: Mapping[str, int],
+    scores: Mapping[str, float],
+    history: Sequence[Mapping[str, Any]],
+    path: Path,
 ) -> Path:
     """What an adapter's folder holds: ranks, mean scores of the live triplets (when known; NaN for none) and the history of the budget."""
     width, height = heat_size(ranks)
     figure, axes = new_figure([height] * (2 if scores else 1) + [2.4] * bool(history), 1, width)
-    title = f"Rank by layer and module: {sum(ranks.values()):,} of {r * len(ranks):,} triplets live"
-    heat(figure, axes[0][0], ranks, max([r, *ranks.values()]), "live triplets", title)
+    _heat_ranks(figure, axes[0][0], ranks, start)
     if scores:
         heat(
             figure,

@@ -54,15 +54,14 @@ class Report:
         console.print(table)
 
 
-def trainable_parameters(model: nn.Module, ranks: dict[str, int] | None = None) -> int:
-    """Parameters that training changes. With ``ranks`` (live triplets by module) only live triplets count."""
+def trainable_parameters(model: nn.Module, ranks: dict[str, int]) -> int:
+    """Parameters that training changes: of adapters those of live triplets, ``ranks`` by module."""
     layers = list(adapted_layers(model))
     ours = {id(p) for layer in layers for p in (layer.lora_P, layer.lora_E, layer.lora_Q)}
     others = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in ours)
     # Method "lora" has no λ to train.
     sizes = [layer.p_length + layer.q_length + int(layer.lora_E.requires_grad) for layer in layers]
-    counts = [layer.r for layer in layers] if ranks is None else list(ranks.values())
-    return others + sum(size * count for size, count in zip(sizes, counts, strict=True))
+    return others + sum(size * count for size, count in zip(sizes, ranks.values(), strict=True))
 
 
 def peak_memory(device: torch.device) -> int:

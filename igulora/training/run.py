@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapt import adapt, rank_of
+from ..adapt import adapt
 from ..bank import find_bank
 from ..config import IGUConfig
 from ..files import write_json
 from ..saved_adapter import save_adapter
 from . import demo
-from .aligning import measure, read_alignment, wants_alignment, with_alignment, write_alignment
+from .aligning import check_alignment_asked, measure, read_alignment, wants_alignment, with_alignment, write_alignment
 from .causal_lm import CausalLM, closed_set
 from .data import DataSource, Example, class_names, hold_out, load_table, read_examples
 from .loop import CHECKPOINTS, Trainer
@@ -98,6 +98,7 @@ def finetune(
     train, evaluation = read_data(model_name, data, settings)
     steps = total_steps(len(train), settings)
     config = IGUConfig(**{**igu_options, "total_steps": steps, "seed": settings.seed})
+    check_alignment_asked(config, settings)
     description = {
         "model": model_name,
         "data": asdict(data) | {"text_columns": list(data.text_columns)},
@@ -105,7 +106,8 @@ def finetune(
         "config": config.to_dict(),
     }
     if resume:
-        check_same_run(output, description, RESUMABLE)
+        usual = {"settings": RunSettings().to_dict(), "config": IGUConfig(config.method, total_steps=10**6).to_dict()}
+        check_same_run(output, description, RESUMABLE, usual)
     torch.manual_seed(settings.seed)
     model, task, heads = load_model(model_name, train, evaluation, settings, console)
     if heads:
@@ -124,7 +126,8 @@ def finetune(
         extra = trainer.resume()
         _say(console, f"Resumed {output} at step {trainer.step} of {steps}")
     else:
-        extra = {"trainable": trainable_parameters(model), "triplets": trainer.live, "seconds": 0.0, "before": {}}
+        trained = trainable_parameters(model, trainer.controller.live_ranks())
+        extra = {"trainable": trained, "triplets": trainer.live, "seconds": 0.0, "before": {}}
         if eval_rows:
             _say(console, f"Evaluating the model as it is on {len(eval_rows)} held-out rows")
             extra["before"] = trainer.evaluate()
@@ -257,12 +260,12 @@ def load_model(
 def draw(trainer: Trainer, ranks: dict[str, int], config: IGUConfig, output: Path) -> tuple[Path, ...]:
     """The run's pictures: ranks, budget and loss, and the traced modules' series."""
     controller = trainer.controller
+    start = {name: config.rank_at_start(name) for name in ranks}
     pictures = [
-        plot_ranks(ranks, output / "ranks.png", config.initial_rank),
+        plot_ranks(ranks, start, output / "ranks.png"),
         plot_budget(read_metrics(output / "metrics.jsonl"), controller.history, output / "budget.png"),
     ]
     if has_moves(controller.history):
-        start = {name: rank_of(name, config) for name in ranks}
         pictures.append(plot_moves(controller.history, start, output / "moves.png"))
     if any(controller.series.values()):
         pictures.append(plot_series(controller.series, output / "series.png"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..alignment import MAX_BLOCKS
 from ..errors import check_choice, first_line
 
 TASKS = ("causal-lm", "classification", "regression")
@@ -25,7 +26,8 @@ class RunSettings:
     ``lr`` (None: the library's default). 0 switches ``eval_every``, ``save_every`` and ``patience`` (evaluations without
     improvement after pruning) off; ``eval_every`` None is once an epoch. ``trace`` names modules (by name endings) whose score
     series is recorded; None takes the first, a middle and the last one. ``max_grad_norm`` 0 does not clip. ``align_batches``
-    micro-batches are measured before a run of RaLoRA.
+    micro-batches are measured before a run of RaLoRA, for at most ``align_max_blocks`` blocks (a power of two) and ranks from
+    ``align_r_min`` to ``align_r_max`` (RaLoRA-Pro; None: 4 r).
 
     Raises:
         ValueError, TypeError: an option is unknown or out of range; says what was expected.
@@ -57,6 +59,9 @@ class RunSettings:
     device: str = "auto"
     trace: tuple[str, ...] | None = None
     align_batches: int = 8
+    align_max_blocks: int = MAX_BLOCKS
+    align_r_min: int = 1
+    align_r_max: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
@@ -65,11 +70,11 @@ class RunSettings:
         whole = {
             "batch_size": 1, "accumulation_steps": 1, "max_length": 2, "seed": 0, "eval_every": 0, "save_every": 0,
             "log_every": 1, "patience": 0, "keep_checkpoints": 1, "steps": 1, "threads": 1, "eval_batch_size": 1,
-            "align_batches": 1,
+            "align_batches": 1, "align_max_blocks": 1, "align_r_min": 1, "align_r_max": 1,
         }  # fmt: skip
         for name, low in whole.items():
             value = getattr(self, name)
-            if value is None and name in ("steps", "threads", "eval_batch_size", "eval_every"):
+            if value is None and name in ("steps", "threads", "eval_batch_size", "eval_every", "align_r_max"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"expected {name} to be an int, got {value!r} ({type(value).__name__})")
@@ -81,6 +86,8 @@ class RunSettings:
         for name in ("weight_decay", "max_grad_norm"):
             if not 0.0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"expected {name} >= 0 and finite, got {getattr(self, name)}")
+        if self.align_max_blocks & (self.align_max_blocks - 1):
+            raise ValueError(f"expected align_max_blocks to be a power of two, got {self.align_max_blocks}")
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"expected warmup, a fraction of the steps, in [0, 1), got {self.warmup}")
         if self.lambda_lr_ratio is not None and not 0.0 <= self.lambda_lr_ratio < float("inf"):

@@ -2,7 +2,8 @@
 
 Contract. x (M, K) and G_i (M, padded rank), the gradient of S_i without any group's factor, in one dtype of bfloat16, float16, float32;
 ``dQ_i = (f G_i)^T dropout(x)`` with f alpha for training rows and the path weight for path rows; float32 accumulation and partial sums,
-one for each split of the rows, to be added up in order by ``sums.py``. One launch.
+one for each split of the rows, to be added up in order by ``sums.py``. Of block-diagonal adapters (n blocks) G_i is (n, M, padded rank) and
+dQ_i (n r_i, K / n). One launch.
 """
 
 from __future__ import annotations
@@ -56,23 +57,33 @@ _UNSPECIALISED = ["M", "R0", "R1", "R2", "rows_per_group", "threshold", *FACTOR_
 
 @triton.jit
 def _member_product(
-    x, g_ptr, rows, end, factor, acc, G_COLS, SCALED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
+    x,
+    g_ptr,
+    rows,
+    end,
+    first,
+    factor,
+    acc,
+    G_COLS,
+    SCALED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     r = tl.arange(0, BLOCK_R)
     inside = (rows[:, None] < end) & (r[None, :] < G_COLS)
-    g = tl.load(g_ptr + rows.to(tl.int64)[:, None] * G_COLS + r[None, :], mask=inside, other=0.0)
+    g = tl.load(g_ptr + (first + rows)[:, None] * G_COLS + r[None, :], mask=inside, other=0.0)
     if SCALED:
         g = (g * factor[:, None]).to(g.dtype)
     return tl.dot(tl.trans(x), g, acc, input_precision=PRECISION)  # (BLOCK_K, BLOCK_M) @ (BLOCK_M, BLOCK_R)
 
 
 @triton.jit
-def _store_member(part_ptr, split, columns, R, K, acc, keep_scale, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr):
+def _store_member(part_ptr, at, columns, R, K, acc, keep_scale, DROPOUT: tl.constexpr, BLOCK_R: tl.constexpr):
     r = tl.arange(0, BLOCK_R)
     if DROPOUT:
         acc *= keep_scale
-    at = part_ptr + (split.to(tl.int64) * R + r)[None, :] * K + columns[:, None]
-    tl.store(at, acc, mask=(columns[:, None] < K) & (r[None, :] < R))
+    part = part_ptr + (at * R + r)[None, :] * K + columns[:, None]
+    tl.store(part, acc, mask=(columns[:, None] < K) & (r[None, :] < R))
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=NARROW)
@@ -115,6 +126,8 @@ def _dq_pass_kernel(
     BLOCK_R: tl.constexpr,
 ):
     first_column, split = tl.program_id(0) * BLOCK_K, tl.program_id(1)
+    block, blocks = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    of_block = block * M  # the block's first row of G
     columns = first_column + tl.arange(0, BLOCK_K)
     first, end = split_rows(split, end0, start1, end1, splits0, per_split)
     in_first = split < splits0
@@ -123,31 +136,32 @@ def _dq_pass_kernel(
     acc2 = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for m in range(first, end, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
-        at = x_ptr + rows.to(tl.int64)[:, None] * stride_xm + columns[None, :]
+        at = x_ptr + block * K + rows.to(tl.int64)[:, None] * stride_xm + columns[None, :]
         x = tl.load(at, mask=(rows[:, None] < end) & (columns[None, :] < K), other=0.0)
         if DROPOUT:
-            keep = keep_tile(seed_ptr, rows, first_column, K, threshold, BLOCK_K)
+            keep = keep_tile(seed_ptr, rows, block * K + first_column, K * blocks, threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         if SCALED:
             factor = row_factors(alpha_ptr, weight_ptr, has_alpha, has_weight, rows, end, rows_per_group, in_first)
         else:
             factor = None
-        acc0 = _member_product(x, g0_ptr, rows, end, factor, acc0, G0_COLS, SCALED, PRECISION, BLOCK_R)
+        acc0 = _member_product(x, g0_ptr, rows, end, of_block, factor, acc0, G0_COLS, SCALED, PRECISION, BLOCK_R)
         if MEMBERS > 1:
-            acc1 = _member_product(x, g1_ptr, rows, end, factor, acc1, G1_COLS, SCALED, PRECISION, BLOCK_R)
+            acc1 = _member_product(x, g1_ptr, rows, end, of_block, factor, acc1, G1_COLS, SCALED, PRECISION, BLOCK_R)
         if MEMBERS > 2:
-            acc2 = _member_product(x, g2_ptr, rows, end, factor, acc2, G2_COLS, SCALED, PRECISION, BLOCK_R)
-    _store_member(part0_ptr, split, columns, R0, K, acc0, keep_scale, DROPOUT, BLOCK_R)
+            acc2 = _member_product(x, g2_ptr, rows, end, of_block, factor, acc2, G2_COLS, SCALED, PRECISION, BLOCK_R)
+    _store_member(part0_ptr, split * blocks + block, columns, R0, K, acc0, keep_scale, DROPOUT, BLOCK_R)
     if MEMBERS > 1:
-        _store_member(part1_ptr, split, columns, R1, K, acc1, keep_scale, DROPOUT, BLOCK_R)
+        _store_member(part1_ptr, split * blocks + block, columns, R1, K, acc1, keep_scale, DROPOUT, BLOCK_R)
     if MEMBERS > 2:
-        _store_member(part2_ptr, split, columns, R2, K, acc2, keep_scale, DROPOUT, BLOCK_R)
+        _store_member(part2_ptr, split * blocks + block, columns, R2, K, acc2, keep_scale, DROPOUT, BLOCK_R)
 
 
 @cache
-def dq_segments(end0: int, start1: int, end1: int, K: int, tile: Tile, device: Where) -> Segments:
+def dq_segments(end0: int, start1: int, end1: int, K: int, tile: Tile, device: Where, windows: int = 1) -> Segments:
     """Splits of the rows of x: about two programs for each processor."""
-    return Segments.of(end0, start1, end1, tile.BLOCK_M, 2 * processors(device) // cdiv(K, tile.BLOCK_K))
+    wanted = 2 * processors(device) // (cdiv(K, tile.BLOCK_K) * windows)
+    return Segments.of(end0, start1, end1, tile.BLOCK_M, wanted)
 
 
 @planned
@@ -159,6 +173,7 @@ def _plan(
     stride: int,
     rows_per_group: int,
     segments: Segments,
+    windows: int,
     keep: tuple[int, float],
     factors: tuple[bool, bool],
     dtype: torch.dtype,
@@ -174,7 +189,7 @@ def _plan(
         **tile.blocks("BLOCK_M", "BLOCK_K"),
     }
     numbers = (M, K, *each(ranks), *each(columns), stride, rows_per_group, *map(int, factors), *segments.numbers, *keep)
-    return Plan(_dq_pass_kernel, (cdiv(K, tile.BLOCK_K), segments.splits), numbers, constants)
+    return Plan(_dq_pass_kernel, (cdiv(K, tile.BLOCK_K), segments.splits, windows), numbers, constants)
 
 
 def launch_dq_pass(
@@ -190,16 +205,18 @@ def launch_dq_pass(
     segments: Segments,
     tile: Tile,
 ) -> None:
-    """Fill ``parts``: (splits, r_i, K) float32 partial sums of dQ_i, those of the first segment first."""
+    """Fill ``parts``: (splits, n r_i, K / n) float32 partial sums of dQ_i, those of the first segment first; ``ranks`` are n r_i."""
+    windows = x2.shape[1] // parts[0].shape[2]
     keep, factors = keep_arguments(seed, dropout_p), (alpha is not None, path_weight is not None)
     plan = _plan(
         x2.shape[0],
-        x2.shape[1],
-        tuple(ranks),
-        tuple([G.shape[1] for G in Gs]),
+        parts[0].shape[2],
+        tuple([r // windows for r in ranks]),
+        tuple([G.shape[-1] for G in Gs]),
         x2.stride(0),
         rows_per_group,
         segments,
+        windows,
         keep,
         factors,
         x2.dtype,
@@ -220,8 +237,9 @@ def traffic_dq_pass(
     weight: bool = False,
     groups: int = 1,
     seeded: bool = False,
+    windows: int = 1,
 ) -> Traffic:
-    """Of one :func:`launch_dq_pass`."""
+    """Of one :func:`launch_dq_pass`; K columns and the ranks in each of the windows."""
     blocks, columns = cdiv(K, tile.BLOCK_K), sum(padded_rank(r) for r in ranks)
     rows0, rows1 = segments.end0, segments.end1 - segments.start1
     rows = rows0 + rows1
@@ -242,7 +260,7 @@ def traffic_dq_pass(
         + 8 * seeded * blocks * in_blocks,
         stored=stored,
         flops=2 * rows * K * sum(ranks),
-    )
+    ).in_windows(windows, shared=distinct + 8 * seeded)
 
 
 def specimens(family: str) -> list[Specimen]:

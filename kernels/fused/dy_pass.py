@@ -1,6 +1,7 @@
 """One pass over dy for everything the adapter needs of it: the gradient of S, dP and dlambda.
 
 Contract. dy (M, N) and S (M, padded rank) in one dtype of bfloat16, float16, float32; masters float32; accumulation in float32.
+Of a block-diagonal adapter (n blocks) P is (n r, N / n) and S (n, M, padded rank): its blocks are worked on as layers of their own.
 A program owns a block of columns and a split of rows: its columns of P stay on the chip, its share of ``dP = c (f S)^T dy`` in registers;
 of ``dy P^T`` it leaves a partial sum for each row. A second, small launch adds those up: G = c (dy P^T), rounded once, and the partial
 sums of ``dlambda = s m sum f S (dy P^T)``. f is alpha for training rows and the path weight for path rows. The partial sums of dy P^T
@@ -55,9 +56,9 @@ def config(family: str, itemsize: int, BLOCK_R: int) -> Tile:
 PARTS_LIMIT = 32 << 20
 
 
-def in_one_pass(M: int, N: int, columns: int, tile: Tile) -> bool:
+def in_one_pass(M: int, N: int, columns: int, tile: Tile, windows: int = 1) -> bool:
     """Whether dP and the parts of dy P^T come from one pass over dy; else ``project`` makes the parts in a pass of its own."""
-    return 4 * cdiv(N, tile.BLOCK_N) * M * columns <= PARTS_LIMIT
+    return 4 * cdiv(N, tile.BLOCK_N) * M * columns * windows <= PARTS_LIMIT
 
 
 _UNSPECIALISED = ["M", "R", "rows_per_group", *FACTOR_ARGUMENTS, *SEGMENT_ARGUMENTS]
@@ -97,22 +98,24 @@ def _dy_pass_kernel(
     BLOCK_R: tl.constexpr,
 ):
     block_n, split = tl.program_id(0), tl.program_id(1)
+    block, blocks = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    s_ptr += block * M * S_COLS
     columns = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     dtype = dy_ptr.dtype.element_ty
     first, end = split_rows(split, end0, start1, end1, splits0, per_split)
     at_p = r.to(tl.int64)[None, :] * N + columns[:, None]
     inside_p = (columns[:, None] < N) & (r[None, :] < R)
-    p = tl.load(p_ptr + at_p, mask=inside_p, other=0.0).to(dtype)
+    p = tl.load(p_ptr + block * R * N + at_p, mask=inside_p, other=0.0).to(dtype)
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for m in range(first, end, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
-        at = dy_ptr + rows.to(tl.int64)[:, None] * stride_dym + columns[None, :]
+        at = dy_ptr + block * N + rows.to(tl.int64)[:, None] * stride_dym + columns[None, :]
         dy = tl.load(at, mask=(rows[:, None] < end) & (columns[None, :] < N), other=0.0)
         inside_s = (rows[:, None] < end) & (r[None, :] < S_COLS)
         if WANT_DS:
             ds = tl.dot(dy, p, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N) @ (BLOCK_N, BLOCK_R)
-            part = part_ds_ptr + (block_n.to(tl.int64) * M + rows)[:, None] * S_COLS + r[None, :]
+            part = part_ds_ptr + ((block_n * blocks + block) * M + rows)[:, None] * S_COLS + r[None, :]
             tl.store(part, ds, mask=inside_s)
         if WANT_DP:
             s = tl.load(s_ptr + rows.to(tl.int64)[:, None] * S_COLS + r[None, :], mask=inside_s, other=0.0)
@@ -122,8 +125,8 @@ def _dy_pass_kernel(
                 s = (s * factor[:, None]).to(dtype)
             acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M) @ (BLOCK_M, BLOCK_R)
     if WANT_DP:
-        acc = acc * coefficients(e_ptr, mask_ptr, 0, R, scale, BLOCK_R)[None, :]
-        tl.store(part_dp_ptr + split.to(tl.int64) * R * N + at_p, acc, mask=inside_p)
+        acc = acc * coefficients(e_ptr + block * R, mask_ptr + block * R, 0, R, scale, BLOCK_R)[None, :]
+        tl.store(part_dp_ptr + (split * blocks + block) * R * N + at_p, acc, mask=inside_p)
 
 
 @planned
@@ -135,6 +138,7 @@ def _plan(
     stride: int,
     rows_per_group: int,
     segments: Segments,
+    windows: int,
     scale: float,
     wanted: tuple[bool, bool],
     factors: tuple[bool, bool],
@@ -150,7 +154,7 @@ def _plan(
         **tile.blocks("BLOCK_M", "BLOCK_N"),
     }
     numbers = (M, N, R, columns, stride, rows_per_group, *map(int, factors), *segments.numbers, scale)
-    return Plan(_dy_pass_kernel, (cdiv(N, tile.BLOCK_N), segments.splits), numbers, constants)
+    return Plan(_dy_pass_kernel, (cdiv(N, tile.BLOCK_N), segments.splits, windows), numbers, constants)
 
 
 def launch_dy_pass(
@@ -166,17 +170,19 @@ def launch_dy_pass(
     part_dp: Tensor | None,
     tile: Tile,
 ) -> None:
-    """Fill the partial sums: ``part_ds`` (blocks of columns, M, padded rank) and ``part_dp`` (splits, r, N), float32, each if given."""
+    """Fill partial sums that are given: ``part_ds`` (blocks of columns, n, M, padded rank), ``part_dp`` (splits, n r, N / n)."""
+    windows = dy2.shape[1] // P.shape[1]
     wanted = (part_ds is not None, part_dp is not None)
     factors = (wanted[1] and alpha is not None, wanted[1] and path_weight is not None)  # they are for dP
     plan = _plan(
         dy2.shape[0],
-        dy2.shape[1],
-        P.shape[0],
-        S.shape[1],
+        P.shape[1],
+        P.shape[0] // windows,
+        S.shape[-1],
         dy2.stride(0),
         rows_per_group,
         segments,
+        windows,
         coef[2],
         wanted,
         factors,
@@ -188,9 +194,10 @@ def launch_dy_pass(
 
 
 @cache
-def dy_segments(end0: int, start1: int, end1: int, N: int, tile: Tile, device: Where) -> Segments:
+def dy_segments(end0: int, start1: int, end1: int, N: int, tile: Tile, device: Where, windows: int = 1) -> Segments:
     """Splits of the rows of dy: one program for each processor."""
-    return Segments.of(end0, start1, end1, tile.BLOCK_M, processors(device) // cdiv(N, tile.BLOCK_N))
+    wanted = processors(device) // (cdiv(N, tile.BLOCK_N) * windows)
+    return Segments.of(end0, start1, end1, tile.BLOCK_M, wanted)
 
 
 def _vector_loads(segments: Segments, tile: Tile, *, alpha: bool, weight: bool, groups: int) -> tuple[int, int]:
@@ -215,8 +222,9 @@ def traffic_dy_pass(
     alpha: bool = False,
     weight: bool = False,
     groups: int = 1,
+    windows: int = 1,
 ) -> Traffic:
-    """Of one :func:`launch_dy_pass`."""
+    """Of one :func:`launch_dy_pass`; N columns and R triplets in each of the windows."""
     blocks, columns = cdiv(N, tile.BLOCK_N), padded_rank(R)
     rows = segments.end0 + segments.end1 - segments.start1
     distinct, requested = _vector_loads(segments, tile, alpha=alpha, weight=weight, groups=groups)
@@ -230,7 +238,7 @@ def traffic_dy_pass(
         + blocks * (rows * columns * itemsize + requested) * want_dp,
         stored=stored,
         flops=2 * rows * N * R * (want_ds + want_dp),
-    )
+    ).in_windows(windows, shared=distinct * want_dp)
 
 
 @triton.jit(
@@ -249,6 +257,7 @@ def _ds_sum_kernel(
     M,
     R,
     S_COLS,
+    DE_COLS,
     blocks,
     rows_per_group,
     train_end,
@@ -262,23 +271,24 @@ def _ds_sum_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
+    window, windows = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     inside = (rows[:, None] < M) & (r[None, :] < S_COLS)
-    at = rows.to(tl.int64)[:, None] * S_COLS + r[None, :]
-    total = sum_of_parts(part_ptr, at, inside, tl.cast(M, tl.int64) * S_COLS, 0, blocks)
-    c = coefficients(e_ptr, mask_ptr, 0, R, scale, BLOCK_R)
+    at = (window * M + rows)[:, None] * S_COLS + r[None, :]
+    total = sum_of_parts(part_ptr, at, inside, tl.cast(M, tl.int64) * windows * S_COLS, 0, blocks)
+    c = coefficients(e_ptr + window * R, mask_ptr + window * R, 0, R, scale, BLOCK_R)
     tl.store(g_ptr + at, (total * c[None, :]).to(g_ptr.dtype.element_ty), mask=inside)
     if WANT_DE:
         product = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32) * total
-        live = scale * tl.load(mask_ptr + r, mask=r < R, other=0.0)
-        part = part_de_ptr + tl.program_id(0) * S_COLS + r
+        live = scale * tl.load(mask_ptr + window * R + r, mask=r < R, other=0.0)
+        part = part_de_ptr + tl.program_id(0) * DE_COLS + window * R + r
         train = tl.where(rows < train_end, 1.0, 0.0)
         if HAS_ALPHA:
             train *= group_factor(alpha_ptr, rows, M, rows_per_group)
-        tl.store(part, tl.sum(product * train[:, None], axis=0) * live, mask=r < S_COLS)
+        tl.store(part, tl.sum(product * train[:, None], axis=0) * live, mask=r < R)
         if HAS_WEIGHT:
             weight = tl.where(rows >= path_start, group_factor(weight_ptr, rows, M, rows_per_group), 0.0)
-            part += tl.num_programs(0) * S_COLS
-            tl.store(part, tl.sum(product * weight[:, None], axis=0) * live, mask=r < S_COLS)
+            part += tl.num_programs(0) * DE_COLS
+            tl.store(part, tl.sum(product * weight[:, None], axis=0) * live, mask=r < R)
 
 
 @cache
@@ -292,6 +302,7 @@ def _sum_plan(
     M: int,
     columns: int,
     R: int,
+    windows: int,
     blocks: int,
     ranges: tuple[int, int, int],
     scale: float,
@@ -307,7 +318,8 @@ def _sum_plan(
         "BLOCK_R": BLOCK_R,
         **tile.blocks("BLOCK_M"),
     }
-    return Plan(_ds_sum_kernel, (cdiv(M, tile.BLOCK_M),), (M, R, columns, blocks, *ranges, scale), constants)
+    numbers = (M, R, columns, padded_rank(R * windows), blocks, *ranges, scale)
+    return Plan(_ds_sum_kernel, (cdiv(M, tile.BLOCK_M), 1, windows), numbers, constants)
 
 
 def launch_ds_sum(
@@ -323,10 +335,12 @@ def launch_ds_sum(
     G: Tensor,
     part_de: Tensor | None,
 ) -> None:
-    """Fill G (M, padded rank) and, if given, ``part_de`` (1 or 2, blocks of rows, padded rank): training rows, then path rows."""
+    """Fill G, like S, and, if given, ``part_de`` (1 or 2, blocks of rows, padded number of triplets): training rows, then path rows."""
+    windows = S.shape[0] if S.ndim == 3 else 1
     flags = (part_de is not None, alpha is not None, path_weight is not None)
     ranges = (rows_per_group, train_end, path_start)
-    plan = _sum_plan(S.shape[0], S.shape[1], R, part_ds.shape[0], ranges, coef[2], flags, S.element_size())
+    parts, size = part_ds.shape[0], S.element_size()
+    plan = _sum_plan(S.shape[-2], S.shape[-1], R // windows, windows, parts, ranges, coef[2], flags, size)
     launch(plan, part_ds, S, coef[0], coef[1], alpha, path_weight, G, part_de)
 
 
@@ -340,18 +354,19 @@ def traffic_ds_sum(
     alpha: bool = False,
     weight: bool = False,
     groups: int = 1,
+    windows: int = 1,
 ) -> Traffic:
-    """Of one :func:`launch_ds_sum`; ``blocks`` of columns of dy."""
+    """Of one :func:`launch_ds_sum`; ``blocks`` of columns of dy and R triplets in each of the windows."""
     columns, programs = padded_rank(R), cdiv(M, ds_tile(block_rank(R), itemsize).BLOCK_M)
     factors = want_de * (alpha + weight)
     read = 4 * blocks * M * columns + want_de * M * columns * itemsize
-    stored = M * columns * itemsize + want_de * (1 + weight) * programs * columns * 4
+    stored = M * columns * itemsize + want_de * (1 + weight) * programs * R * 4
     return Traffic(
         read=read + 8 * R + 4 * groups * factors,
         written=stored,
         loaded=read + programs * (8 * R + 4 * R * want_de) + 4 * M * factors,
         stored=stored,
-    )
+    ).in_windows(windows, shared=4 * groups * factors)
 
 
 def specimens(family: str) -> list[Specimen]:
@@ -364,7 +379,9 @@ def specimens(family: str) -> list[Specimen]:
         types |= {"part_ds_ptr": "*fp32", "part_dp_ptr": "*fp32", "scale": "fp32"}
         types |= dict.fromkeys(_UNSPECIALISED, "i32") | dict.fromkeys(("N", "S_COLS", "stride_dym"), "i32")
         sums = {"part_ptr": "*fp32", "s_ptr": f"*{name}", "g_ptr": f"*{name}", "part_de_ptr": "*fp32", **masters}
-        sums |= dict.fromkeys(("M", "R", "S_COLS", "blocks", "rows_per_group", "train_end", "path_start"), "i32")
+        sums |= dict.fromkeys(
+            ("M", "R", "S_COLS", "DE_COLS", "blocks", "rows_per_group", "train_end", "path_start"), "i32"
+        )
         sums |= {"scale": "fp32"}
         for BLOCK_R in (16, 32, 64, 128, 256):
             tile = config(family, dtype.itemsize, BLOCK_R)

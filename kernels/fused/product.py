@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import gemm, rank_term
-from .choice import Product, choose
+from .choice import LIBRARY, Product, choose
 from .common import drops, family
 
 Coef = tuple[Tensor, Tensor, float]
@@ -29,15 +29,19 @@ def base_product(
 ) -> Tensor:
     """``A W^T`` or ``A W`` plus the rank term, by the form measured or assumed to be fastest, or by the one that is given.
 
+    The rank term of a block-diagonal adapter (S of three dimensions) is always an addend of the library's product: tiles of the other forms
+    would meet several windows.
     ``temporary`` says that the weight was made for this product (dequantised), which admits the form that copies it.
     """
     weight = weight if weight.stride() == (weight.shape[1], 1) else weight.contiguous()
     F = F.contiguous()
+    if S.ndim == 3:
+        product = LIBRARY
     if product is None:
         dropout = drops(seed, dropout_p)
         product = choose(A, weight, F, transposed=transposed, temporary=temporary, dropout=dropout)
     if product.form == "library":
-        out = A.new_empty((A.shape[0], F.shape[1]))
+        out = A.new_empty((A.shape[0], weight.shape[0 if transposed else 1]))
         tile = rank_term.config(family(A.device), A.element_size())
         rank_term.launch_rank_term(out, None, S, F, coef, alpha, bias, seed, dropout_p, tile)
         return out.addmm_(A, weight.t() if transposed else weight)

@@ -1,7 +1,8 @@
 """S = dropout(x) Q^T of one to three layers that read one x, in one pass over x.
 
 Contract. x (M, K) bfloat16, float16 or float32; Q_i (r_i, K) float32 masters, converted in the kernel; accumulation in float32, S_i rounded
-once to x's dtype. Few rows leave processors idle, so that K is split then, the parts summed in their order. Dropout is drawn where x is
+once to x's dtype. A layer may be block-diagonal with n blocks: its Q is (n r, K / n), its S (n, M, padded rank), each block with its window
+of x. Few rows leave processors idle, so that K is split then, the parts summed in their order. Dropout is drawn where x is
 read. One launch, two where K is split.
 """
 
@@ -96,8 +97,9 @@ def _project_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
+    block, blocks = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     r = tl.arange(0, BLOCK_R)
-    x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
+    x_rows = x_ptr + block * K + rows.to(tl.int64)[:, None] * stride_xm
     acc0 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc1 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     acc2 = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -107,19 +109,19 @@ def _project_kernel(
         columns = k + tl.arange(0, BLOCK_K)
         x = tl.load(x_rows + columns[None, :], mask=(rows[:, None] < M) & (columns[None, :] < K), other=0.0)
         if DROPOUT:
-            keep = keep_tile(seed_ptr, rows, k, K, threshold, BLOCK_K)
+            keep = keep_tile(seed_ptr, rows, block * K + k, K * blocks, threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
         at = r.to(tl.int64)[None, :] * K + columns[:, None]
         inside = columns[:, None] < K
-        q = tl.load(q0_ptr + at, mask=inside & (r[None, :] < R0), other=0.0).to(x.dtype)
+        q = tl.load(q0_ptr + block * R0 * K + at, mask=inside & (r[None, :] < R0), other=0.0).to(x.dtype)
         acc0 = tl.dot(x, q, acc0, input_precision=PRECISION)  # (BLOCK_M, BLOCK_K) @ (BLOCK_K, BLOCK_R)
         if MEMBERS > 1:
-            q = tl.load(q1_ptr + at, mask=inside & (r[None, :] < R1), other=0.0).to(x.dtype)
+            q = tl.load(q1_ptr + block * R1 * K + at, mask=inside & (r[None, :] < R1), other=0.0).to(x.dtype)
             acc1 = tl.dot(x, q, acc1, input_precision=PRECISION)
         if MEMBERS > 2:
-            q = tl.load(q2_ptr + at, mask=inside & (r[None, :] < R2), other=0.0).to(x.dtype)
+            q = tl.load(q2_ptr + block * R2 * K + at, mask=inside & (r[None, :] < R2), other=0.0).to(x.dtype)
             acc2 = tl.dot(x, q, acc2, input_precision=PRECISION)
-    out = (split.to(tl.int64) * M + rows)[:, None]
+    out = ((split * blocks + block) * M + rows)[:, None]
     live = rows[:, None] < M
     dtype = s0_ptr.dtype.element_ty
     if DROPOUT:
@@ -168,9 +170,9 @@ _SUM_BLOCK = 1024
 
 
 @cache
-def k_splits(M: int, K: int, tile: Tile, device: Where) -> tuple[int, int]:
-    """(splits, tiles of K in each): as many as keep all processors busy, none below 8 tiles."""
-    wanted = max(processors(device) // cdiv(M, tile.BLOCK_M), 1)
+def k_splits(M: int, K: int, tile: Tile, device: Where, blocks: int = 1) -> tuple[int, int]:
+    """(splits, tiles of K in each): as many as keep all processors busy, none below 8 tiles. K columns in each of the blocks' windows."""
+    wanted = max(processors(device) // (cdiv(M, tile.BLOCK_M) * blocks), 1)
     tiles = cdiv(K, tile.BLOCK_K)
     per_split = max(cdiv(tiles, wanted), min(8, tiles))
     return cdiv(tiles, per_split), per_split
@@ -189,6 +191,7 @@ def _plan(
     columns: tuple[int, ...],
     stride: int,
     splits: tuple[int, int],
+    blocks: int,
     keep: tuple[int, float],
     dtype: torch.dtype,
     tile: Tile,
@@ -201,13 +204,17 @@ def _plan(
         **tile.blocks("BLOCK_M", "BLOCK_K"),
     }
     numbers = (M, K, *each(ranks), *each(columns), stride, splits[1], *keep)
-    return Plan(_project_kernel, (cdiv(M, tile.BLOCK_M), splits[0]), numbers, constants)
+    return Plan(_project_kernel, (cdiv(M, tile.BLOCK_M), splits[0], blocks), numbers, constants)
 
 
 @planned
 def _sum_plan(M: int, columns: tuple[int, ...], splits: int) -> Plan:
     grid = (cdiv(M * max(columns), _SUM_BLOCK), len(columns))
     return Plan(_sum_splits_kernel, grid, (M, *each(columns), splits), {"BLOCK": _SUM_BLOCK})
+
+
+def _blocks(x2: Tensor, Q: Tensor) -> int:
+    return x2.shape[1] // Q.shape[1]
 
 
 def _launch(
@@ -217,16 +224,17 @@ def _launch(
     seed: Tensor | None,
     dropout_p: float,
     tile: Tile,
-    splits: int,
-    per_split: int,
+    splits: tuple[int, int],
 ) -> None:
+    blocks = _blocks(x2, Qs[0])
     plan = _plan(
         x2.shape[0],
-        x2.shape[1],
-        tuple([Q.shape[0] for Q in Qs]),
+        Qs[0].shape[1],
+        tuple([Q.shape[0] // blocks for Q in Qs]),
         tuple([part.shape[-1] for part in parts]),
         x2.stride(0),
-        (splits, per_split),
+        splits,
+        blocks,
         keep_arguments(seed, dropout_p),
         x2.dtype,
         tile,
@@ -237,23 +245,24 @@ def _launch(
 def launch_project(
     x2: Tensor, Qs: list[Tensor], out: list[Tensor], seed: Tensor | None, dropout_p: float, tile: Tile
 ) -> None:
-    """Fill ``out``: (M, padded rank) buffers in x's dtype, one for each of up to three Qs; columns beyond a rank become 0."""
-    M, K = x2.shape
-    splits, per_split = k_splits(M, K, tile, x2.device)
+    """Fill ``out``: S buffers in x's dtype, one for each of up to three Qs of one number of blocks; columns beyond a rank become 0."""
+    M, blocks = x2.shape[0], _blocks(x2, Qs[0])
+    splits = k_splits(M, Qs[0].shape[1], tile, x2.device, blocks)
     parts = out
-    if splits > 1:
-        parts = [s.new_empty((splits, *s.shape), dtype=torch.float32) for s in out]
-    _launch(x2, Qs, parts, seed, dropout_p, tile, splits, per_split)
-    if splits > 1:
-        launch(_sum_plan(M, tuple([s.shape[1] for s in out]), splits), *each(parts), *each(out))
+    if splits[0] > 1:
+        parts = [s.new_empty((splits[0], *s.shape), dtype=torch.float32) for s in out]
+    _launch(x2, Qs, parts, seed, dropout_p, tile, splits)
+    if splits[0] > 1:
+        columns = tuple([s.shape[-1] for s in out])
+        launch(_sum_plan(M * blocks, columns, splits[0]), *each(parts), *each(out))
 
 
 def launch_project_parts(x2: Tensor, Q: Tensor, tile: Tile) -> Tensor:
-    """The float32 parts of x Q^T, (splits, M, padded rank), not added up yet: for dy P^T, whose sum has more to do."""
-    M, K = x2.shape
-    splits, per_split = k_splits(M, K, tile, x2.device)
-    parts = x2.new_empty((splits, M, padded_rank(Q.shape[0])), dtype=torch.float32)
-    _launch(x2, [Q], [parts], None, 0.0, tile, splits, per_split)
+    """The float32 parts of x Q^T, (splits, blocks, M, padded rank), not added up yet: for dy P^T, whose sum has more to do."""
+    M, blocks = x2.shape[0], _blocks(x2, Q)
+    splits = k_splits(M, Q.shape[1], tile, x2.device, blocks)
+    parts = x2.new_empty((splits[0], blocks, M, padded_rank(Q.shape[0] // blocks)), dtype=torch.float32)
+    _launch(x2, [Q], [parts], None, 0.0, tile, splits)
     return parts
 
 
@@ -266,9 +275,10 @@ def traffic_project(
     device: Where,
     seeded: bool = False,
     parts: bool = False,
+    windows: int = 1,
 ) -> Traffic:
-    """Of one :func:`launch_project`; with ``parts``, of one :func:`launch_project_parts`."""
-    splits, _ = k_splits(M, K, tile, device)
+    """Of one :func:`launch_project`; with ``parts``, of one :func:`launch_project_parts`. K and the ranks are those of one window."""
+    splits, _ = k_splits(M, K, tile, device, windows)
     blocks = cdiv(M, tile.BLOCK_M)
     columns = sum(padded_rank(r) for r in ranks)
     q_bytes = 4 * sum(ranks) * K
@@ -285,7 +295,7 @@ def traffic_project(
     if splits > 1 and not parts:
         final = M * columns * itemsize
         traffic += Traffic(read=stored, written=final, loaded=stored, stored=final)
-    return traffic
+    return traffic.in_windows(windows, shared=seed_bytes)
 
 
 def specimens(family: str) -> list[Specimen]:

@@ -1,7 +1,8 @@
 """The rank term alone, in one pass: written as the addend of a cuBLAS product, or added to what a base's own forward returned.
 
 Contract. ``out = [base +] bias + (alpha S) (c F)`` with the product's columns kept or dropped; operands and rounding as in ``gemm.py``.
-``base`` may be ``out`` itself. Moves one write of out, and one read of base where there is one. One launch.
+``base`` may be ``out`` itself. Of a block-diagonal adapter (n blocks) S is (n, M, padded rank), F (n r, N / n), and each block adds its
+term to its own columns. Moves one write of out, and one read of base where there is one. One launch.
 """
 
 from __future__ import annotations
@@ -64,7 +65,15 @@ def _rank_term_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    at = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    block, blocks = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    s_ptr += block * M * S_COLS
+    f_ptr += block * R * N
+    if HAS_COEF:
+        e_ptr += block * R
+        mask_ptr += block * R
+    if HAS_BIAS:
+        bias_ptr += block * N
+    at = (rows.to(tl.int64)[:, None] * blocks + block) * N + columns[None, :]
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_BASE:
@@ -81,6 +90,8 @@ def _rank_term_kernel(
         seed_ptr,
         rows,
         tl.program_id(1) * BLOCK_N,
+        block * N + tl.program_id(1) * BLOCK_N,
+        N * blocks,
         M,
         N,
         R,
@@ -104,8 +115,9 @@ def _rank_term_kernel(
 @planned
 def _plan(M: int, N: int, rank: RankTerm, base: bool, dtype: torch.dtype, tile: Tile) -> Plan:
     constants = {"HAS_BASE": base, **rank.constants(dtype), **tile.blocks("BLOCK_M", "BLOCK_N")}
-    grid = (cdiv(M, tile.BLOCK_M), cdiv(N, tile.BLOCK_N))
-    return Plan(_rank_term_kernel, grid, (M, N, *rank.sizes(M), *rank.factors), constants)
+    window = N // rank.blocks
+    grid = (cdiv(M, tile.BLOCK_M), cdiv(window, tile.BLOCK_N), rank.blocks)
+    return Plan(_rank_term_kernel, grid, (M, window, *rank.sizes(M), *rank.factors), constants)
 
 
 def launch_rank_term(
@@ -139,13 +151,14 @@ def traffic_rank_term(
     coef: bool = False,
     bias: bool = False,
     seeded: bool = False,
+    windows: int = 1,
 ) -> Traffic:
-    """Of one :func:`launch_rank_term`."""
+    """Of one :func:`launch_rank_term`; N columns and R triplets in each of the windows."""
     whole = M * N * itemsize
     own = whole if base else 0
-    return Traffic(own, whole, own, whole) + traffic_rank_tile(
-        M, N, R, itemsize, tile, groups=groups, coef=coef, bias=bias, seeded=seeded
-    )
+    options = {"coef": coef, "bias": bias, "seeded": seeded}
+    term = Traffic(own, whole, own, whole) + traffic_rank_tile(M, N, R, itemsize, tile, groups=groups, **options)
+    return term.in_windows(windows, shared=4 * groups + 8 * seeded)
 
 
 def specimens(family: str) -> list[Specimen]:

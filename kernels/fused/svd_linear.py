@@ -2,9 +2,13 @@
 
 Forward: S (one pass over x), then the base product with the rank term in its accumulator, or in an addend that cuBLAS starts from.
 Backward: one pass over dy, its small sum, dx as the forward's product, one pass over x for dQ, and the sums of all partial results.
+Block-diagonal adapters (n blocks, ``windows.py``) take the same launches, their blocks side by side in each, and the form of the base
+product that adds to an addend: S and its gradient are (n, M, rank of a block) then.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -34,40 +38,50 @@ def _float32(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
+def _rank_rows(x2: Tensor, Q: Tensor) -> Tensor:
+    """A padded buffer for S or its gradient."""
+    blocks = x2.shape[1] // Q.shape[1]
+    columns = padded_rank(Q.shape[0] // blocks)
+    return x2.new_empty((x2.shape[0], columns) if blocks == 1 else (blocks, x2.shape[0], columns))
+
+
 def _narrowed(S: Tensor, rank: int) -> Tensor:
-    """The (M, rank) part of a padded buffer."""
-    return S if S.shape[1] == rank else S[:, :rank]
+    """The part of a padded buffer that holds the rank."""
+    return S if S.shape[-1] == rank else S[..., :rank]
 
 
 def _widened(S: Tensor) -> Tensor:
-    """The padded buffer that a (M, r) view of ours was cut from; a copy where it is somebody else's."""
-    columns = padded_rank(S.shape[1])
-    if S.shape[1] == columns and S.is_contiguous():
+    """The padded buffer that S was cut from, where it is ours; a copy where it is somebody else's."""
+    *leading, M, rank = S.shape
+    columns = padded_rank(rank)
+    if rank == columns and S.is_contiguous():
         return S
+    strides = (columns, 1) if S.ndim == 2 else (M * columns, columns, 1)
     if (
-        S.stride() == (columns, 1)
+        S.stride() == strides
         and S.storage_offset() == 0
-        and S.untyped_storage().nbytes() >= S.shape[0] * columns * S.element_size()
+        and S.untyped_storage().nbytes() >= math.prod(leading) * M * columns * S.element_size()
     ):
-        return S.as_strided((S.shape[0], columns), (columns, 1))
-    wide = S.new_zeros((S.shape[0], columns))
-    wide[:, : S.shape[1]] = S
+        return S.as_strided((*leading, M, columns), strides)
+    wide = S.new_zeros((*leading, M, columns))
+    wide[..., :rank] = S
     return wide
 
 
 def project(x: Tensor, Qs: list[Tensor], seed: Tensor | None, dropout_p: float) -> list[Tensor]:
-    """``svd_project``'s forward."""
+    """``svd_project``'s forward, or S of one layer, which may be block-diagonal."""
     x2 = _aligned_rows(x)
-    out = [x2.new_empty((x2.shape[0], padded_rank(Q.shape[0]))) for Q in Qs]
+    out = [_rank_rows(x2, Q) for Q in Qs]
     busy = [i for i, Q in enumerate(Qs) if Q.shape[0] and x2.shape[0]]
-    BLOCK_R = block_rank(max((Q.shape[0] for Q in Qs), default=0))
+    ranks = [Q.shape[0] // (x2.shape[1] // Q.shape[1]) for Q in Qs]
+    BLOCK_R = block_rank(max(ranks, default=0))
     together, dropout = projection.members(BLOCK_R), drops(seed, dropout_p)
     for start in range(0, len(busy), together):
         chosen = busy[start : start + together]
         tile = projection.config(family(x.device), x.element_size(), BLOCK_R, len(chosen), dropout)
         masters = [Qs[i].contiguous() for i in chosen]
         projection.launch_project(x2, masters, [out[i] for i in chosen], seed, dropout_p, tile)
-    return [_narrowed(S, Q.shape[0]) for S, Q in zip(out, Qs, strict=True)]
+    return [_narrowed(S, rank) for S, rank in zip(out, ranks, strict=True)]
 
 
 def forward(
@@ -169,7 +183,7 @@ def backward(
     dx = dW = db = dP = dE = dQ = None
     jobs: list[Job] = []
     if M == 0 or R == 0:
-        dP, dE, dQ, G = torch.zeros_like(P), torch.zeros_like(E), torch.zeros_like(Q), x2.new_empty((M, padded_rank(R)))
+        dP, dE, dQ, G = torch.zeros_like(P), torch.zeros_like(E), torch.zeros_like(Q), torch.empty_like(wide_S)
     else:
         dP = torch.empty_like(P, memory_format=torch.contiguous_format) if need_p else None
         G, dE = _dy_gradients(
@@ -202,7 +216,7 @@ def backward(
         dP if need_p else None,
         dE if need_e else None,
         dQ if need_q else None,
-        _narrowed(G, R) if need_s else None,
+        _narrowed(G, S.shape[-1]) if need_s else None,
     )
 
 
@@ -225,16 +239,18 @@ def _dy_gradients(
 
     A second one where the ranges overlap, or where the parts of dy P^T would not stay in the cache.
     """
-    (M, N), R, columns, device = dy2.shape, P.shape[0], S.shape[1], dy2.device
-    tile = dy_pass.config(family(device), dy2.element_size(), block_rank(R))
+    M, (R, N), columns, device = dy2.shape[0], P.shape, S.shape[-1], dy2.device
+    blocks = dy2.shape[1] // N
+    BLOCK_R = block_rank(R // blocks)
+    tile = dy_pass.config(family(device), dy2.element_size(), BLOCK_R)
     want_dp = dP is not None or sampled
     disjoint = rows.path == rows.train or not sampled
-    segments = dy_segments(rows.train, rows.train, M, N, tile, device)
-    one_pass = dy_pass.in_one_pass(M, N, columns, tile)
+    segments = dy_segments(rows.train, rows.train, M, N, tile, device, blocks)
+    one_pass = dy_pass.in_one_pass(M, N, columns, tile, blocks)
     if one_pass:
-        part_ds = _float32(dy2, cdiv(N, tile.BLOCK_N), M, columns)
+        part_ds = _float32(dy2, cdiv(N, tile.BLOCK_N), blocks, M, columns)
     else:
-        wide = projection.config(family(device), dy2.element_size(), block_rank(R), 1)
+        wide = projection.config(family(device), dy2.element_size(), BLOCK_R, 1)
         part_ds = projection.launch_project_parts(dy2, P, wide)
     part_dp = _float32(dy2, segments.splits, R, N) if want_dp else None
     if one_pass or want_dp:
@@ -245,18 +261,18 @@ def _dy_gradients(
         acc = path_P if sampled and disjoint else None
         jobs.append(Job(part_dp, R * N, R * N, segments.splits0, segments.splits1, dP, acc, N))
     if not disjoint:
-        again = dy_segments(0, rows.path, M, N, tile, device)
+        again = dy_segments(0, rows.path, M, N, tile, device, blocks)
         part_path = _float32(dy2, again.splits, R, N)
         dy_pass.launch_dy_pass(dy2, S, P, coef, None, weights, rows.per_group, again, None, part_path, tile)
         jobs.append(Job(part_path, R * N, R * N, 0, again.splits1, None, path_P, N))
-    G = dy2.new_empty((M, columns))
-    programs = cdiv(M, dy_pass.ds_tile(block_rank(R), dy2.element_size()).BLOCK_M)
+    G = torch.empty_like(S)
+    programs, padded = cdiv(M, dy_pass.ds_tile(BLOCK_R, dy2.element_size()).BLOCK_M), padded_rank(R)
     want_de = need_e or sampled
-    part_de = _float32(dy2, 2 if weights is not None else 1, programs, columns) if want_de else None
+    part_de = _float32(dy2, 2 if weights is not None else 1, programs, padded) if want_de else None
     dy_pass.launch_ds_sum(part_ds, S, R, coef, alpha, weights, rows.per_group, rows.train, rows.path, G, part_de)
     dE = torch.empty_like(coef[0]) if need_e else None
     if part_de is not None:
-        jobs.append(Job(part_de, columns, R, programs, programs if sampled else 0, dE, path_E if sampled else None))
+        jobs.append(Job(part_de, padded, R, programs, programs if sampled else 0, dE, path_E if sampled else None))
     return G, dE
 
 
@@ -272,13 +288,14 @@ def _q_jobs(
     dropout_p: float,
     rows: Ranges,
 ) -> list[Job]:
-    """One pass over x for up to three layers; the jobs that finish their dQ."""
-    K, device = x2.shape[1], x2.device
+    """One pass over x for up to three layers of one number of blocks; the jobs that finish their dQ."""
+    blocks, device = Gs[0].shape[0] if Gs[0].ndim == 3 else 1, x2.device
+    K = x2.shape[1] // blocks
     dropout = drops(seed, dropout_p)
-    tile = dq_pass.config(family(device), x2.element_size(), block_rank(max(ranks)), len(Gs), dropout)
+    tile = dq_pass.config(family(device), x2.element_size(), block_rank(max(ranks) // blocks), len(Gs), dropout)
     end0 = rows.train if dQs[0] is not None else 0
     start1 = rows.path if path_Qs[0] is not None else rows.rows
-    segments = dq_segments(end0, start1, rows.rows, K, tile, device)
+    segments = dq_segments(end0, start1, rows.rows, K, tile, device, blocks)
     parts = [_float32(x2, segments.splits, r, K) for r in ranks]
     if segments.splits:
         dq_pass.launch_dq_pass(x2, Gs, ranks, parts, alpha, weights, seed, dropout_p, rows.per_group, segments, tile)

@@ -1,5 +1,9 @@
 """Pieces of kernels that several families share: the tile of kept entries, the triplets' coefficients, the rank term.
 
+Axis 2 of the grids of the passes over x, y and dy counts a block-diagonal adapter's blocks (RaLoRA; ``windows.py``); an ordinary one is
+one block. A program works on its block's windows as on a layer of their size: the window's columns of x and y, the block's own triplets,
+and its own rows of S, which is (blocks, M, padded rank).
+
 Plans, specimens and traffic functions of the kernels that add the rank term take their common share from here, too.
 """
 
@@ -103,6 +107,8 @@ def add_rank_term(
     seed_ptr,
     rows,
     first_column,
+    first_kept,
+    KEPT,
     M,
     N,
     R,
@@ -120,7 +126,10 @@ def add_rank_term(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc (rows, BLOCK_N) plus bias and the rank term, columns from ``first_column`` (a multiple of 4) on; dropout cuts the rank term."""
+    """acc (rows, BLOCK_N) plus bias and the rank term, columns from ``first_column`` on; dropout cuts the rank term.
+
+    For dropout these columns are those from ``first_kept`` (a multiple of 4) on among ``KEPT``.
+    """
     columns = first_column + tl.arange(0, BLOCK_N)
     term = tl.zeros_like(acc) if DROPOUT else acc
     for first in tl.range(0, R, BLOCK_R, num_stages=1):
@@ -128,7 +137,7 @@ def add_rank_term(
         f = rank_columns(f_ptr, e_ptr, mask_ptr, columns, first, N, R, scale, HAS_COEF, BLOCK_R, DTYPE)
         term = tl.dot(t, f, term, input_precision=PRECISION)  # (BLOCK_M, BLOCK_R) @ (BLOCK_R, BLOCK_N)
     if DROPOUT:
-        keep = keep_tile(seed_ptr, rows, first_column, N, threshold, BLOCK_N)
+        keep = keep_tile(seed_ptr, rows, first_kept, KEPT, threshold, BLOCK_N)
         term = acc + tl.where(keep, term * keep_scale, 0.0)
     if HAS_BIAS:
         term += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -136,7 +145,7 @@ def add_rank_term(
 
 
 class RankTerm(NamedTuple):
-    """What a launch's plan depends on for its rank term; ``groups`` counts alphas, 0 without."""
+    """What a launch's plan depends on for its rank term; ``groups`` counts alphas, 0 without; R is the rank of each of the blocks."""
 
     R: int
     columns: int
@@ -146,6 +155,7 @@ class RankTerm(NamedTuple):
     keep_scale: float
     bias: bool
     coef: bool
+    blocks: int
 
     @classmethod
     def of(
@@ -161,7 +171,8 @@ class RankTerm(NamedTuple):
         """From a launcher's arguments."""
         groups, scale = 0 if alpha is None else alpha.numel(), 1.0 if coef is None else coef[2]
         drop = keep_arguments(seed, dropout_p)
-        return cls(F.shape[0], S.shape[1], groups, scale, *drop, bias is not None, coef is not None)
+        blocks = S.shape[0] if S.ndim == 3 else 1
+        return cls(F.shape[0] // blocks, S.shape[-1], groups, scale, *drop, bias is not None, coef is not None, blocks)
 
     def sizes(self, M: int) -> tuple[int, int, int]:
         """R, S_COLS, rows_per_group."""

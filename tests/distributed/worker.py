@@ -382,8 +382,24 @@ def language(
     return outcome(ctl, losses)
 
 
+def aligned(rank: int, processes: int) -> dict[str, Tensor]:
+    """The first process measures and all have its answer, or its error; what the others' batches hold does not matter."""
+
+    def measured(broken: int | None) -> dict[str, int]:
+        model, batches = Model(), [own(rows(step), rank, processes) for step in range(3)]
+        if rank == broken:
+            batches[1] = tuple(t * torch.nan for t in batches[1])
+        return igulora.align(model, batches, lambda b: (model(b[0]) - b[1]).square().mean(), r=1).layers
+
+    found = measured(1)
+    with raises("got NaN or infinity for 'first'"):
+        measured(0)
+    return {name: torch.tensor([layer.dimensionality, layer.sensitivity]) for name, layer in found.items()}
+
+
 SCENARIOS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "ddp": ddp, "resumed": resumed, "fsdp_whole": fsdp_whole, "refusals": refusals, "language": language, "accelerated": accelerated,
+    "aligned": aligned,
 }  # fmt: skip
 
 

@@ -172,3 +172,29 @@ def test_no_batches_and_no_plain_model(net: Any, batches: Any, loss: Any) -> Non
     igulora.adapt(model, igulora.IGUConfig(method="lora", r=2))
     with pytest.raises(ValueError, match="expected a model without igulora adapters"):
         align(model, batches(1), loss(model))
+
+
+class ByName(nn.Module):
+    """A layer that is called by the name of its argument."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.layer, self.name = layer, name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(**{self.name: x})
+
+
+def test_a_layer_that_is_called_by_name() -> None:
+    layer, x = nn.Linear(6, 5), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    models = ByName(layer, "input"), nn.Sequential(layer)
+    found, expected = (align(m, [x], lambda b, m=m: m(b).square().mean(), r=1) for m in models)
+    assert list(found.layers.values()) == list(expected.layers.values())
+
+
+def test_a_layer_that_is_called_by_a_name_of_its_own() -> None:
+    layer = nn.Linear(6, 5)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias)
+    model = ByName(layer, "x")
+    with pytest.raises(ValueError, match=r"expected 'layer' to be called with its input alone, or by the name 'input'"):
+        align(model, [torch.ones(4, 6)], lambda b: model(b).square().mean(), r=1)

@@ -298,3 +298,17 @@ def test_other_layers_have_no_blocks() -> None:
         igulora.FusedSVDConv2d(nn.Conv2d(4, 4, 3), r=4, blocks=2)
     with pytest.raises(ValueError, match="expected blocks that divide the layer's 3 triplets, got 2"):
         FusedSVDLinear(8, 8, r=3, blocks=2)
+
+
+def test_one_row_through_a_block_layer_leaves_the_base_alone() -> None:
+    """As when a model generates, or pools one sequence."""
+    options = {"method": "ralora", "r": 2, "blocks": 4, "init_lambda": 0.5, "init": "gaussian"}
+    model = igulora.adapt(nn.Sequential(nn.Linear(16, 32)), igulora.IGUConfig(**options))
+    layer, x = model[0], torch.randn(1, 16)
+    weight, bias = layer.base_layer.weight.clone(), layer.base_layer.bias.clone()
+    with torch.no_grad():
+        y = model(x)
+    torch.testing.assert_close(model(x), y)
+    torch.testing.assert_close(y, x @ (weight + layer.delta_weight()).t() + bias)
+    assert torch.equal(layer.base_layer.bias, bias)
+    assert torch.equal(layer.base_layer.weight, weight)

@@ -436,6 +436,20 @@ def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
         igulora.IGUConfig(**{"method": "flexlora", "r": 3, "total_steps": 100, **options})
 
 
+@pytest.mark.parametrize(("direction", "most"), [("both", 2), ("prune", 4), ("expand", 4)])
+def test_more_moves_than_matrices(net: Any, direction: str, most: int) -> None:
+    model = net()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert len(names) == 4
+    options = {"method": "flexlora", "r": 3, "total_steps": 100, "direction": direction}
+    with pytest.raises(
+        ValueError, match=rf"expected moves of at most {most} for 4 matrices and direction='{direction}'"
+    ):
+        igulora.adapt(model, igulora.IGUConfig(moves=most + 1, **options))
+    assert not any(isinstance(module, igulora.FusedSVDLinear) for module in model.modules())
+    igulora.adapt(model, igulora.IGUConfig(moves=most, **options))
+
+
 def refused(model: nn.Module, ctl: Any, opt: Any, batches: Any, loss_of: Any, words: str, first: bool = False) -> None:
     """The first adjustment, or the first step of all, raises and changes nothing."""
     if first:

@@ -387,3 +387,26 @@ def test_peft_loads_experts_without_any_layer(tmp_path) -> None:
         layer.mask.zero_()
     with pytest.raises(ValueError, match="got none; train the adapter first"):
         igulora.export_peft(model, tmp_path)
+
+
+def test_blocks_and_ranks_by_parameter_and_by_slice() -> None:
+    whole, one = "layers.1.mlp.experts.down_proj", "layers.1.mlp.experts.down_proj.2"
+    config = options(
+        target_modules=["o_proj"],
+        block_pattern={"experts.gate_up_proj": 4, whole: 2, one: 1},
+        rank_pattern={"experts.down_proj": 2, "o_proj": 1},
+    )
+    model = igulora.adapt(build(), config)
+    for name, rank in find_bank(model).ranks().items():
+        assert rank == config.rank_at_start(name)
+        blocks, r = config.blocks_of(name), config.rank_of(name)
+        assert rank == blocks * r
+        if "gate_up_proj" in name:
+            assert (blocks, r) == (4, 3)
+        elif "down_proj" in name:
+            assert (blocks, r) == (2 if whole in name and not name.endswith(one) else 1, 2)
+        else:
+            assert (blocks, r) == (1, 1)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with pytest.raises(ValueError, match="expected block_pattern to name adapted layers, got 'experts.up_proj'"):
+        igulora.adapt(build(), options(block_pattern={"experts.up_proj": 2}))

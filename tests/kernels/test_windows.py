@@ -1,4 +1,4 @@
-"""Block-diagonal adapters: svd_update with windowed P and Q equals svd_update with the dense P and Q built from their blocks."""
+"""Block-diagonal adapters: an operator with windowed P and Q equals the same with the dense P and Q built from their blocks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from igulora.kernels import svd_update
-from igulora.kernels.windows import into_rank, out_of_rank, over_rows, widened
+from igulora.kernels import svd_linear, svd_update
+from igulora.kernels.windows import add_out_of_rank, into_rank, out_of_rank, over_rows, widened
 
 N, LENGTH, K, OUT, R = 4, 3, 8, 12, 3  # R triplets per block
 F64 = torch.float64
@@ -30,9 +30,11 @@ def operands(blocks: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
         "P": (rows, OUT // blocks),
         "E": (rows,),
         "Q": (rows, K // blocks),
+        "weight": (OUT, K),
+        "bias": (OUT,),
     }
     t = {
-        name: torch.randn(shape, generator=g, dtype=F64).to(dtype if name in "xy" else F64)
+        name: torch.randn(shape, generator=g, dtype=F64).to(F64 if name in "PEQ" else dtype)
         for name, shape in shapes.items()
     }
     t = {name: value.requires_grad_() for name, value in t.items()}
@@ -40,26 +42,34 @@ def operands(blocks: int, dtype: torch.dtype = F64) -> dict[str, Tensor]:
     return t
 
 
-def run(t: dict[str, Tensor], P: Tensor, Q: Tensor, path: tuple[Tensor, ...] | None, options: dict[str, Any]) -> Tensor:
-    return svd_update(t["y"] + 0.0, t["x"], P, t["E"], Q, t["mask"], path=path, **options)
+def run(
+    base: tuple[str, ...], t: dict[str, Tensor], P: Tensor, Q: Tensor, path: Any, options: dict[str, Any]
+) -> Tensor:
+    given = (P, t["E"], Q, t["mask"])
+    if base == ("y",):
+        return svd_update(t["y"] + 0.0, t["x"], *given, path=path, **options)
+    bias = t["bias"] if "bias" in base else None
+    return svd_linear(t["x"], t["weight"], bias, *given, path=path, **options)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_equals_the_dense_operator(blocks: int, mixed: bool, p: float) -> None:
+@pytest.mark.parametrize("base", [("y",), ("weight",), ("weight", "bias")], ids=["update", "linear", "bias"])
+def test_equals_the_dense_operator(base: tuple[str, ...], blocks: int, mixed: bool, p: float) -> None:
     options: dict[str, Any] = {"scale": 1.5, "dropout_p": p, "seed": torch.tensor(4) if p else None}
     options |= MIXED if mixed else {}
     t = operands(blocks)
     path = tuple(torch.zeros_like(t[k]) for k in ("P", "E", "Q")) if mixed else None
-    y = run(t, t["P"], t["Q"], path, options)
-    ours = torch.autograd.grad(y.square().sum(), [t[k] for k in ("y", "x", "P", "E", "Q")])
+    y = run(base, t, t["P"], t["Q"], path, options)
+    ours = torch.autograd.grad(y.square().sum(), [t[k] for k in (*base, "x", "P", "E", "Q")])
 
     wide = {k: widened(t[k].detach(), blocks).requires_grad_() for k in ("P", "Q")}
     wide_path = (torch.zeros_like(wide["P"]), torch.zeros_like(t["E"]), torch.zeros_like(wide["Q"])) if mixed else None
-    expected = run(t, wide["P"], wide["Q"], wide_path, options)
-    theirs = list(torch.autograd.grad(expected.square().sum(), [t["y"], t["x"], wide["P"], t["E"], wide["Q"]]))
-    for i, key in ((2, "P"), (4, "Q")):
+    expected = run(base, t, wide["P"], wide["Q"], wide_path, options)
+    others = [*(t[k] for k in base), t["x"], wide["P"], t["E"], wide["Q"]]
+    theirs = list(torch.autograd.grad(expected.square().sum(), others))
+    for i, key in ((-3, "P"), (-1, "Q")):
         theirs[i] = narrowed(theirs[i], t[key], blocks)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(ours, theirs, strict=True):
@@ -82,9 +92,13 @@ def test_products(blocks: int) -> None:
     t = operands(blocks)
     x, P, Q = t["x"].detach().flatten(0, 1), t["P"].detach(), t["Q"].detach()
     S = into_rank(x, Q)
-    torch.testing.assert_close(S, x @ widened(Q, blocks).t())
-    torch.testing.assert_close(out_of_rank(S, P, OUT), S @ widened(P, blocks))
-    torch.testing.assert_close(over_rows(S, x, Q.shape[1]), narrowed(S.t() @ x, Q, blocks))
+    flat = S if blocks == 1 else S.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(flat, x @ widened(Q, blocks).t())
+    term, y = flat @ widened(P, blocks), torch.randn(x.shape[0], OUT, dtype=F64)
+    torch.testing.assert_close(out_of_rank(S, P), term)
+    torch.testing.assert_close(out_of_rank(S, P, y[0]), term + y[0])
+    torch.testing.assert_close(add_out_of_rank(y.clone(), S, P), y + term)
+    torch.testing.assert_close(over_rows(S, x), narrowed(flat.t() @ x, Q, blocks))
     assert not (widened(P, blocks) * (1 - widened(torch.ones_like(P), blocks))).any()
 
 
@@ -98,6 +112,59 @@ def test_in_the_dtypes_of_models(dtype: torch.dtype) -> None:
     )
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), exact, rtol=1e-5 if dtype == torch.float32 else 0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_operands_stay_what_they_are(rows: int, grad: bool) -> None:
+    """Of one row a bias repeated for every row is the bias itself, which nothing may be added to."""
+    t = {k: v.detach() for k, v in operands(2).items()}
+    before = {k: v.clone() for k, v in t.items()}
+    x = t["x"].flatten(0, 1)[:rows].clone().requires_grad_(grad)
+    y = svd_linear(x, t["weight"], t["bias"], *(t[k] for k in ("P", "E", "Q", "mask")))
+    if grad:
+        y.square().sum().backward()
+    assert all(torch.equal(before[k], t[k]) for k in t)
+    widths = [widened(t[k], 2) for k in "PQ"]
+    expected = svd_linear(x, t["weight"], t["bias"], widths[0], t["E"], widths[1], t["mask"])
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 12])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck_of_the_reference(rows: int, p: float) -> None:
+    t = {k: v.detach().requires_grad_(k != "mask") for k, v in operands(2).items()}
+    x, y = (t[k].detach().flatten(0, 1)[:rows].clone().requires_grad_() for k in "xy")
+    rest = (*(t[k] for k in ("P", "E", "Q", "mask")), None, None, *[None] * 4, torch.tensor(5), 1.5, p, 1, 1)
+    torch.library.opcheck(torch.ops.igulora.svd_linear_fwd.default, (x, t["weight"], t["bias"], *rest))
+    torch.library.opcheck(torch.ops.igulora.svd_update.default, (y, x, *rest))
+
+
+def test_a_layer_with_a_bias_to_train_compiles() -> None:
+    t = {k: v.detach().requires_grad_(k in ("P", "E", "Q", "bias")) for k, v in operands(4).items()}
+    names = ("bias", "P", "E", "Q")
+
+    def run(x: Tensor) -> Tensor:
+        return svd_linear(x, t["weight"], *(t[k] for k in (*names, "mask")))
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    found, expected = (torch.autograd.grad(f(t["x"]).square().sum(), [t[k] for k in names]) for f in (compiled, run))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (2, 12, 3)], ids=str)
+def test_s_is_left_to_the_operator(shape: tuple[int, ...]) -> None:
+    t = {k: v.detach() for k, v in operands(2).items()}
+    given = (t["P"], t["E"], t["Q"], t["mask"])
+    with pytest.raises(ValueError, match="expected S to be left to the operator for triplets in 2 blocks"):
+        svd_linear(t["x"], t["weight"], None, *given, S=torch.zeros(shape, dtype=F64))
+    with pytest.raises(ValueError, match="expected S to be left to the operator for triplets in 2 blocks"):
+        svd_update(t["y"].clone(), t["x"], *given, S=torch.zeros(shape, dtype=F64))
+    one = {k: v.detach() for k, v in operands(1).items()}
+    with pytest.raises(ValueError, match=r"expected S of shape \(rows, 3\) for these triplets"):
+        svd_update(
+            one["y"].clone(), one["x"], *(one[k] for k in ("P", "E", "Q", "mask")), S=torch.zeros(shape, dtype=F64)
+        )
 
 
 def test_writes_into_the_base_output_and_compiles() -> None:

@@ -44,12 +44,13 @@ def draw(*shape: int) -> Tensor:
 
 
 class Call:
-    """Operands of a layer of 35 to 50 features in float16, and what of a mixed batch goes with them."""
+    """Operands of a layer in float16, and what of a mixed batch goes with them."""
 
-    def __init__(self, M: int, K: int, N: int, R: int, kind: str) -> None:
+    def __init__(self, M: int, K: int, N: int, R: int, kind: str, blocks: int = 1) -> None:
         self.x = draw(M, K).half().requires_grad_()
         self.weight = draw(N, K).half()
-        self.masters = [draw(R, N).requires_grad_(), draw(R).requires_grad_(), draw(R, K).requires_grad_()]
+        shapes = ((R, N // blocks), (R,), (R, K // blocks))
+        self.masters = [draw(*shape).requires_grad_() for shape in shapes]
         self.mask = torch.ones(R)
         self.options: dict[str, Any] = {"scale": 1.25}
         groups = 5
@@ -82,9 +83,11 @@ def agree(cost: Cost, launches: list[tuple[str, Any]], addends: int = 0) -> None
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "mixed", "overlapping", "separate", "dropout"])
-@pytest.mark.parametrize(("M", "K", "N", "R"), [(40, 48, 32, 7), (35, 600, 70, 33)])
-def test_a_layer_forward_and_backward(counted: Any, kind: str, M: int, K: int, N: int, R: int) -> None:
-    call = Call(M, K, N, R, kind)
+@pytest.mark.parametrize(
+    ("M", "K", "N", "R", "blocks"), [(40, 48, 32, 7, 1), (35, 600, 70, 33, 1), (40, 96, 64, 28, 4)]
+)
+def test_a_layer_forward_and_backward(counted: Any, kind: str, M: int, K: int, N: int, R: int, blocks: int) -> None:
+    call = Call(M, K, N, R, kind, blocks)
 
     def run() -> None:
         y = svd_linear(call.x, call.weight, call.bias, *call.masters, call.mask, **call.options)
@@ -94,14 +97,15 @@ def test_a_layer_forward_and_backward(counted: Any, kind: str, M: int, K: int, N
     costs, launches = both(counted, run)
     # The form of this architecture is the library's product, which the interpreter does not see. Rows in both ranges are walked, and
     # counted, once for each in the pass over x; the interpreter tells addresses apart, not programs.
-    twice = 2 * (M - M // 5) * (K + padded_rank(R)) if kind == "overlapping" else 0
+    twice = 2 * (M - M // 5) * (K + blocks * padded_rank(R // blocks)) if kind == "overlapping" else 0
     agree(costs[ADAPTER], launches, addends=2 * (M * N + M * K) + twice)
     product = Cost(2, 2 * (M * K + 2 * N * K + M * N), 2 * (M * N + M * K), 4 * M * N * K)
     assert costs[BASE] == product
 
 
-def test_an_update_of_a_base_that_runs_itself(counted: Any) -> None:
-    call = Call(40, 48, 32, 7, "plain")
+@pytest.mark.parametrize(("R", "blocks"), [(7, 1), (12, 4)])
+def test_an_update_of_a_base_that_runs_itself(counted: Any, R: int, blocks: int) -> None:
+    call = Call(40, 48, 32, R, "plain", blocks)
 
     def run() -> None:
         y = svd_update(torch.zeros(40, 32, dtype=torch.float16), call.x, *call.masters, call.mask)

@@ -128,18 +128,38 @@ def test_what_a_run_leaves(llama_folder, colours, tmp_path):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in result.pictures)
 
 
+def test_what_is_recorded_of_an_alignment_is_what_was_adapted(llama_folder, colours, tmp_path):
+    options = {"method": "ralora", "rank_pattern": {"q_proj": 8}}
+    result = run(llama_folder, colours, tmp_path / "out", {"steps": 2}, config=options)
+    measured = json.loads((result.output / "alignment.json").read_text())
+    assert {layer["rank"] for name, layer in measured.items() if name.endswith("q_proj")} == {8}
+    assert {layer["rank"] for name, layer in measured.items() if not name.endswith("q_proj")} == {2}
+    ranks = read_adapter(result.output).meta["ranks"]
+    assert ranks == {name: layer["blocks"] * layer["rank"] for name, layer in measured.items()}
+
+
 @pytest.mark.parametrize(
     "method", ["adalora", "lora", "random", "magnitude", "flexlora", "igu-flex", "ralora", "ralora-pro"]
 )
 def test_every_method_runs(llama_folder, colours, tmp_path, method):
-    result = run(llama_folder, colours, tmp_path / "out", {"steps": 20}, config={"method": method, "window": 1})
+    settings = {"steps": 20}
+    bounds = {"align_max_blocks": 2, "align_r_min": 2, "align_r_max": 3}
+    if method.startswith("ralora"):
+        settings |= bounds
+    else:
+        with pytest.raises(
+            ValueError, match="expected align_max_blocks, align_r_min, align_r_max with method='ralora'"
+        ):
+            run(llama_folder, colours, tmp_path / "out", settings | bounds, config={"method": method})
+    result = run(llama_folder, colours, tmp_path / "out", settings, config={"method": method, "window": 1})
     adapter = read_adapter(result.output)
     if method.startswith("ralora"):
         measured = json.loads((result.output / "alignment.json").read_text())
         assert adapter.config.block_pattern == {name: layer["blocks"] for name, layer in measured.items()}
         expected = {name: layer["blocks"] * layer["rank"] for name, layer in measured.items()}
         assert adapter.meta["ranks"] == expected
-        assert method == "ralora-pro" or {layer["rank"] for layer in measured.values()} == {2}
+        assert {layer["rank"] for layer in measured.values()} == ({2, 3} if method == "ralora-pro" else {2})
+        assert {layer["blocks"] for layer in measured.values()} <= {1, 2}
         assert (result.output / "dimensionality.png").read_bytes().startswith(b"\x89PNG")
         return
     assert result.report.triplets_after == 14 * 2

@@ -51,6 +51,11 @@ def test_resuming_needs_a_checkpoint_and_the_same_options(tmp_path):
     check_same_run(tmp_path, {"settings": {"lr": 0.1, "threads": 2}}, frozenset({"threads"}))
     with pytest.raises(ValueError, match=r"lr: 0.1 then, 0.2 now"):
         check_same_run(tmp_path, {"settings": {"lr": 0.2, "threads": 2}}, frozenset({"threads"}))
+    # An option that came into being later: the run was as its default has it.
+    usual, wanted = {"settings": {"lr": 1.0, "patience": 3}}, {"settings": {"lr": 0.1, "threads": 1, "patience": 3}}
+    check_same_run(tmp_path, wanted, frozenset(), usual)
+    with pytest.raises(ValueError, match=r"patience: 3 then, 4 now"):
+        check_same_run(tmp_path, {"settings": {**wanted["settings"], "patience": 4}}, frozenset(), usual)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ValueError, match="expected JSON"):
         check_same_run(tmp_path, {}, frozenset())

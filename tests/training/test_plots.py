@@ -53,15 +53,16 @@ def test_running_statistics():
 
 def test_pictures_are_written(tmp_path):
     ranks = {f"m.{i}.{kind}": i for i in range(3) for kind in ("q", "v")}
+    start = dict.fromkeys(ranks, 4)
     history = [{"step": 5, "budget": 8, "ranks": ranks}]
     events = [{"kind": "eval", "step": 0, "loss": 3.0}, {"kind": "train", "step": 5, "loss": 2.0, "budget": 9}]
     point = {"y": 1e-6, "mean": 1e-7, "deviation": 1e-7, "snr": 0.5}
     paths = [
-        plot_ranks(ranks, tmp_path / "sub" / "ranks.png", 4),
+        plot_ranks(ranks, start, tmp_path / "sub" / "ranks.png"),
         plot_budget(events, history, tmp_path / "budget.svg"),
         plot_budget(events, [], tmp_path / "no-history.png"),
-        plot_adapter(ranks, {**dict.fromkeys(ranks, 1.0), "m.0.q": math.nan}, history, tmp_path / "adapter.pdf", 4),
-        plot_adapter({"fc": 0}, {}, [], tmp_path / "bare.png", 0),
+        plot_adapter(ranks, start, {**dict.fromkeys(ranks, 1.0), "m.0.q": math.nan}, history, tmp_path / "adapter.pdf"),
+        plot_adapter({"fc": 0}, {"fc": 0}, {}, [], tmp_path / "bare.png"),
         plot_series({"m.0.q": [{"step": s, **point} for s in range(4)], "m.1.q": []}, tmp_path / "series.png"),
     ]
     assert all(path.stat().st_size > 1000 for path in paths)

@@ -55,6 +55,7 @@ class Call:
         shared: S comes from svd_project.
         layouts: operand -> a function that stores it in another way, its shape unchanged.
         squared: every operand is squared, and the scale.
+        blocks: of a block-diagonal adapter, ``r`` triplets together; divides r, k and n.
     """
 
     r: int = 7
@@ -71,6 +72,7 @@ class Call:
     layouts: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
     seed: int = 0
     squared: bool = False
+    blocks: int = 1
 
     @property
     def scale(self) -> float:
@@ -91,9 +93,9 @@ class Call:
             "x": draw(*self.lead, self.k).to(dtype),
             "weight": (draw(self.n, self.k) / self.k**0.5).to(dtype),
             "bias": draw(self.n).to(dtype) if self.bias else None,
-            "P": draw(self.r, self.n) / self.n**0.5,
+            "P": draw(self.r, self.n // self.blocks) / self.n**0.5,
             "E": draw(self.r),
-            "Q": draw(self.r, self.k) / self.k**0.5,
+            "Q": draw(self.r, self.k // self.blocks) / self.k**0.5,
             "mask": masks.get(self.mask, (torch.arange(self.r) % 3 != 1).float()),
             "alpha": torch.tensor(self.alpha) if isinstance(self.alpha, float) else alpha if self.alpha else None,
             "dy": draw(*self.lead, self.n).to(dtype),

@@ -213,9 +213,9 @@ def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def factors(R: int) -> tuple[Tensor, Tensor, Tensor]:
-    """P, E, Q, or their accumulators."""
-    return torch.zeros(R, N), torch.zeros(R), torch.zeros(R, K)
+def factors(R: int, blocks: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """P, E, Q, or their accumulators; R triplets in each of the blocks."""
+    return torch.zeros(R * blocks, N // blocks), torch.zeros(R * blocks), torch.zeros(R * blocks, K // blocks)
 
 
 ROWS = {  # alpha given or not; path weights; training groups; first path group
@@ -242,10 +242,10 @@ def run_shared(dtype: torch.dtype, R: int, members: int) -> None:
             svd_linear.project_backward(Gs, x, Qs, alphas, weights, *rest)
 
 
-def run_layer(dtype: torch.dtype, R: int) -> None:
+def run_layer(dtype: torch.dtype, R: int, blocks: int) -> None:
     """A layer, and the update of a base that runs its own forward, forward and backward, the products by the library."""
     x, dy = zeros(dtype, M, K), zeros(dtype, M, N)
-    (P, E, Q), mask = factors(R), torch.zeros(R)
+    (P, E, Q), mask = factors(R, blocks), torch.zeros(R * blocks)
     for (alpha, path, train, start), p, own in product(ROWS.values(), (0.0, 0.3), (True, False)):
         seed = torch.zeros((), dtype=torch.int64) if p else None
         alphas, weights = (torch.zeros(GROUPS) if given else None for given in (alpha, path))
@@ -256,7 +256,7 @@ def run_layer(dtype: torch.dtype, R: int) -> None:
         else:
             bias = zeros(dtype, N) if alpha else None
             S = svd_linear.forward(x, weight, bias, *operands, None, seed, 1.25, p)[1]
-        accumulators = factors(R) if path else (None, None, None)
+        accumulators = factors(R, blocks) if path else (None, None, None)
         for P_trains in (True, False) if train else (False,):
             needs = [True, False, False, P_trains, train > 0, train > 0, False]
             rest = (seed, 1.25, p, train, start, needs)
@@ -308,7 +308,9 @@ def launches_of(launches: Launches, family: str) -> set[Variant]:
         for processors, parts in ((1, 2**40), (1000, 0)):
             launches.have(processors, parts=parts)
             with use_product(LIBRARY):
-                run_layer(dtype, R)
+                run_layer(dtype, R, blocks=1)
+                if R <= 32:  # the kernels are those of one block
+                    run_layer(dtype, R, blocks=2)
             for members in range(1, project.MEMBERS + 1):
                 run_shared(dtype, R, members)
     return launches.found

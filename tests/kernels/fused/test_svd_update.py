@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poisoned", "small_tiles")
 OPS = torch.ops.igulora
 
 
-def run(call: Call, dtype: torch.dtype, device: torch.device, *, exact: bool = False) -> dict[str, Tensor]:
+def updated(call: Call, dtype: torch.dtype, device: torch.device, *, exact: bool = False) -> dict[str, Tensor]:
     """The update of a base that is a product in PyTorch, and the gradients of all but its weight."""
     t = {k: None if v is None else placed(v, device) for k, v in call.operands(dtype, exact=exact).items()}
     leaves = {name: t[name].requires_grad_() for name in ("x", *MASTERS)}
@@ -48,10 +48,10 @@ def test_follows_the_reference(
 ) -> None:
     train = None if path is None else 2
     call = Call(r, alpha="groups", train=train, path=path, dropout=dropout, shared=shared)
-    ours = run(call, dtype, device)
+    ours = updated(call, dtype, device)
     with use_backend("reference"):
-        same_dtype, exact = run(call, dtype, CPU), run(call, dtype, CPU, exact=True)
-    assert_close(ours, same_dtype, exact, torch.finfo(dtype).eps, terms_of(call, run))
+        same_dtype, exact = updated(call, dtype, CPU), updated(call, dtype, CPU, exact=True)
+    assert_close(ours, same_dtype, exact, torch.finfo(dtype).eps, terms_of(call, updated))
 
 
 def test_in_place_where_it_can_be(device: torch.device) -> None:
