@@ -17,7 +17,7 @@ from .bases import Base, describe
 from .config import IGUConfig
 from .distributed import Processes
 from .objective import checked, evaluating
-from .spectra import effective_rank
+from .spectra import EXACT_UP_TO, effective_rank
 from .targets import find_saved, find_targets
 
 Loss = Callable[[Any], Tensor]
@@ -77,7 +77,7 @@ def align(
     max_blocks: int = MAX_BLOCKS,
     r_min: int = 1,
     r_max: int | None = None,
-    exact_up_to: int = 1024,
+    exact_up_to: int = EXACT_UP_TO,
     memory: float | None = None,
     seed: int = 0,
 ) -> Alignment:

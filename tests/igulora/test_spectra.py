@@ -54,14 +54,14 @@ def test_samples_agree_with_the_exact_value(name: str) -> None:
     )
 
 
-# As large as those that are sampled by default, in the dtype of gradients. Values that shrink by a factor reach into all orders of
+# Of the size of gradients, in their dtype. Values that shrink by a factor reach into all orders of
 # magnitude alike, which a few steps of Lanczos tell apart least.
 LARGE = {
     "1/k": (1 / torch.arange(1.0, 1101), 0.03),
     "k^-1/2": (torch.arange(1.0, 1101) ** -0.5, 0.01),
     "1/k^2": (torch.arange(1.0, 1101) ** -2.0, 0.01),
-    "1/k of rank 300": (1 / torch.arange(1.0, 301), 0.03),
-    "flat of rank 300": (torch.ones(300), 0.03),
+    "1/k of rank 300": (1 / torch.arange(1.0, 301), 0.05),
+    "flat of rank 300": (torch.ones(300), 0.05),
     "geometric": (0.99 ** torch.arange(1100.0), 0.1),
     "five values and noise": (torch.cat((torch.ones(5), torch.full((1095,), 1e-4))), 0.01),
 }
@@ -71,17 +71,17 @@ LARGE = {
 def test_samples_of_large_gradients(name: str) -> None:
     sigma, bound = LARGE[name]
     matrix = with_spectrum(sigma, 1100, 1300).float()
-    sampled = effective_rank(matrix, generator=torch.Generator().manual_seed(1))
+    sampled = effective_rank(matrix, exact_up_to=1000, generator=torch.Generator().manual_seed(1))
     assert sampled == pytest.approx(erank_of(sigma), rel=bound)
-    assert sampled == pytest.approx(effective_rank(matrix, exact_up_to=2000), rel=bound)
+    assert sampled == pytest.approx(effective_rank(matrix), rel=bound)
     assert sampled != exact_erank(matrix)
 
 
 def test_samples_of_a_random_matrix() -> None:
     """Every direction in use."""
     matrix = torch.randn(1100, 1300, generator=torch.Generator().manual_seed(2))
-    sampled = effective_rank(matrix, generator=torch.Generator().manual_seed(3))
-    exact = effective_rank(matrix, exact_up_to=2000)
+    sampled = effective_rank(matrix, exact_up_to=1000, generator=torch.Generator().manual_seed(3))
+    exact = effective_rank(matrix)
     assert 900 < exact < 1100
     assert sampled == pytest.approx(exact, rel=0.01)
 
