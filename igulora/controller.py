@@ -350,7 +350,8 @@ class Controller:
 
         Raises:
             ValueError: an allocation is due and there are too few score updates, or no optimizer is known and one is needed; or no
-                optimizer changed an adapter in the last steps.
+                optimizer changed an adapter in the last steps. Of a run that diverged under a method that moves triplets (lambda or a score
+                is not finite): its ranks stay, but scores and step have moved on.
         """
         bank, config = self.bank, self.config
         self._check_active()

@@ -19,7 +19,7 @@ _COUNTS = ("global_step", "updates", "initial_budget")
 
 
 def controller_state(controller: Controller) -> dict[str, Any]:
-    """:meth:`Controller.state_dict`."""
+    """``{"tensors": name -> tensor on the host, "meta": JSON-able}``, what :meth:`Controller.state_dict` returns."""
     bank = controller.bank
     bank.refresh()
     passes, scores = controller.passes.state_dict(), controller.importance.state_dict()
@@ -48,7 +48,11 @@ def controller_state(controller: Controller) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_controller_state(controller: Controller, state: dict[str, Any]) -> None:
-    """:meth:`Controller.load_state_dict`."""
+    """Put a state of :func:`controller_state` into a controller of the same adapter, once all of it is checked.
+
+    Raises:
+        ValueError: the state is damaged or belongs to another adapter; nothing is changed then.
+    """
     bank = controller.bank
     bank.refresh()
     controller._follow_device()

@@ -2,7 +2,7 @@
 
 P (R, N/n) and Q (R, K/n) hold the rows of one block after another, R/n of each. What has a row of x and a triplet, S and its gradient, is
 (n, M, R/n) then. n = 1 is the ordinary adapter: (M, R), and these are its products. A block-diagonal adapter has as many parameters as
-one of rank R/n, and as many products.
+one of rank R/n, and as many multiplications; S and its gradient are n times as large.
 """
 
 from __future__ import annotations
