@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -40,6 +41,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "allocator": allocator.state(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
+    }
+
+
+def circumstances(device: str = "cpu") -> dict[str, Any]:
+    """When and on what something is measured: what its record begins with."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(device),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ def place(record: dict[str, Any]) -> str:
         f"{record['date']}, {device}, {record['threads']} threads, {allocator}Python {where['python']}, {packages}, "
         f"commit {', '.join(commits)}."
     )
+
+
+def keep(record: dict[str, Any], page: str, folder: Path) -> None:
+    """A study's record as ``<date>-<cores>c.json``, and its page as README.md beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{record['date']}-{record['machine']['cores']}c.json"
+    (folder / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(page, encoding="utf-8")
 
 
 def replace(file: Path, text: str, markers: tuple[str, str]) -> None:

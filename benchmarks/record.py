@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from igulora.files import write_json
 
-from .machine import RESULTS, machine, versions
+from .machine import RESULTS, circumstances
 
 FORMAT = 2
 
 
 def open_record(device: str = "cpu") -> dict[str, Any]:
     """A record without results yet: format, date, machine, versions (the commit is that of the code that runs now) and threads."""
-    return {
-        "format": FORMAT,
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(device),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-    }
+    return {"format": FORMAT, **circumstances(device)}
 
 
 def close_record(opened: dict[str, Any], results: list[dict[str, Any]], seconds: float) -> dict[str, Any]:

@@ -9,8 +9,6 @@ special; ``null`` leaves three quarters of the directions out.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,8 +20,8 @@ from torch import Tensor
 
 from igulora.spectra import exact_erank, sampled_erank
 
-from .machine import RESULTS, machine, versions
-from .pages import place, table
+from .machine import RESULTS, circumstances
+from .pages import keep, place, table
 
 FOLDER = RESULTS / "spectra"
 SIDES = (1024, 2048, 4096)
@@ -98,16 +96,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
+        **circumstances(),  # first: what is committed while it runs is not what ran
         "matrices": [compared(decay, side) for side in options.sides for decay in DECAYS],
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"{record['date']}-{record['machine']['cores']}c.json"
-    (options.output / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (options.output / "README.md").write_text(page(record), encoding="utf-8")
+    keep(record, page(record), options.output)
     print(page(record))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="runs for minutes: --long"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_not_collected() -> None:
+    """What is alive between two files, the libraries that is, stays out of garbage collections, which would walk over a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 class Net(nn.Module):

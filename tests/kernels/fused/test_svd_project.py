@@ -214,7 +214,8 @@ def test_compiled_training_adds_to_the_accumulators(device: torch.device) -> Non
 @small
 @pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("sampled", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long  # a whole model goes through Inductor in integration/test_compile.py
+@pytest.mark.parametrize("sampled", [False, True])
 def test_inductor_takes_both_operators(device: torch.device, sampled: bool) -> None:
     """With accumulators to change, and without: Inductor then fails on an operator that has a single result."""
     if device.type == "cpu" and not shutil.which("g++"):
