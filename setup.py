@@ -29,7 +29,7 @@ setup(
         *find_packages(include=["igulora", "igulora.*"]),
         *("igulora.kernels", "igulora.kernels.fused"),
         "igulora.benchmarks",
-        *(f"igulora.benchmarks.{name}" for name in ("fidelity", "methods", "projection", "scaling")),
+        *(f"igulora.benchmarks.{name}" for name in ("fidelity", "methods", "projection", "scaling", "study")),
     ],
     package_dir={"igulora": "igulora", "igulora.kernels": "kernels", "igulora.benchmarks": "benchmarks"},
     package_data={"igulora": ["py.typed"], "igulora.benchmarks.projection": ["configs/*.json"]},

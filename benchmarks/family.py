@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import gc
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +30,11 @@ from igulora.training.report import trainable_parameters
 from igulora.training.tasks import Classification, Regression
 
 from . import allocator
-from .machine import RESULTS, machine, versions
-from .pages import place, table
+from .machine import RESULTS, circumstances
+from .pages import keep, place, table
 from .ratios import Times, quartiles
 from .reviews import TASKS, examples
+from .study.training import peft_penalty
 
 FOLDER = RESULTS / "family"
 OURS = ("igu", "adalora", "lora", "flexlora", "igu-flex", "ralora", "ralora-pro")
@@ -112,7 +111,7 @@ def _peft(method: str, model: nn.Module, heads: list[str], plan: Plan, loss: Any
         nonlocal taken
         value = loss(model, batch)
         if adaptive:
-            value = value + _penalty(model, config.orth_reg_weight)
+            value = value + peft_penalty(model, config.orth_reg_weight)
         value.backward()
         optimizer.step()
         if adaptive:
@@ -121,16 +120,6 @@ def _peft(method: str, model: nn.Module, heads: list[str], plan: Plan, loss: Any
         optimizer.zero_grad()
 
     return step
-
-
-def _penalty(model: Any, weight: float) -> torch.Tensor:
-    """AdaLoRA's own, which it adds to a loss that it computes itself; ours is computed from the logits."""
-    total, count = torch.zeros(()), 0
-    for name, p in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            gram = p @ p.t() if "lora_A" in name else p.t() @ p
-            total, count = total + torch.linalg.matrix_norm(gram - torch.eye(len(gram))), count + 1
-    return weight * total / max(count, 1)
 
 
 def run(task_name: str, plan: Plan, methods: list[str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -234,17 +223,11 @@ def main(arguments: list[str] | None = None) -> None:
     plan = Plan(steps=options.steps)
     methods = list(dict.fromkeys(["igu", *options.methods]))
     record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
+        **circumstances(),
         "plan": {**vars(plan), **plan.schedule},
         "tasks": {name: run(name, plan, methods, print) for name in TASKS},
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"{record['date']}-{record['machine']['cores']}c.json"
-    (options.output / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (options.output / "README.md").write_text(page(record), encoding="utf-8")
+    keep(record, page(record), options.output)
     print(page(record))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import igulora
 
 from .. import benchmarks, kernels
-from . import bench, export, finetune, import_, inspect, profile, project, tune
+from . import bench, export, finetune, import_, inspect, profile, project, study, tune
 
 # Several folders where igulora is installed in place.
 _PACKAGES = tuple(str(Path(str(p.__file__)).resolve().parent) for p in (igulora, kernels, benchmarks))
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"igulora {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (finetune, inspect, export, import_, tune, bench, profile, project):
+    for module in (finetune, inspect, export, import_, tune, bench, profile, project, study):
         sub = module.add_parser(subparsers)
         sub.set_defaults(run=module.run)
         sub.add_argument("--traceback", action="store_true", help="show where an error comes from")

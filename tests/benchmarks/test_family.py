@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +13,6 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from igulora.benchmarks import family, reviews  # noqa: E402
-
-WORDS = ["good", "bad", "great", "awful", "fine", "dull", "bright", "slow"]
-
-
-@pytest.fixture
-def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An archive as pip downloads it, with eighty sentences."""
-    lines = [
-        f"{i}\t{(3 if i % 2 == 0 else -3) + i / 1000}\tthe film is {WORDS[i % 8]} {WORDS[i % 3]}" for i in range(80)
-    ]
-    lines.append("81\t0.1\tneither this nor that")
-    data = "\r\n".join(lines).encode()
-    inner = io.BytesIO()
-    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
-        info = tarfile.TarInfo(reviews._FILE)
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
-    with zipfile.ZipFile(tmp_path / reviews._ARCHIVE, "w") as package:
-        package.writestr(reviews._INSIDE, inner.getvalue())
-    monkeypatch.setenv("IGULORA_REVIEWS", str(tmp_path))
-    return tmp_path
-
-
-@pytest.fixture
-def encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A BERT of one layer in the place of MiniLM."""
-    folder = tmp_path / "encoder"
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "is", *WORDS]
-    config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        initializer_range=0.3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
-    monkeypatch.setattr(family, "minilm_folder", lambda: folder)
 
 
 def test_reviews_are_read_and_split(archive: Path) -> None:
@@ -72,7 +32,8 @@ def test_without_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         reviews.sentences()
 
 
-def test_methods_train_side_by_side(archive: Path, encoder: None) -> None:
+def test_methods_train_side_by_side(archive: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family, "minilm_folder", lambda: encoder)
     torch.manual_seed(0)
     plan = family.Plan(r=4, target_rank=2, rows=4, length=12, steps=32, held_out=16, lr=2e-2, window=2)
     methods = ["igu", "flexlora", "ralora-pro", "peft-adalora"]

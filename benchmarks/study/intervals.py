@@ -1,0 +1,52 @@
+"""Medians, quartiles, and paired differences with a bootstrap interval: what a sentence "X is better than Y" rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES, LEVEL = 10_000, 0.95
+
+
+class Spread(NamedTuple):
+    """Median and quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        q1, median, q3 = np.percentile(np.asarray(values, dtype=np.float64), (25, 50, 75))
+        return cls(float(median), float(q1), float(q3))
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, and the interval that holds the mean of LEVEL of all resamples of the pairs."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero; never so for a single pair."""
+        return self.pairs > 1 and (self.low > 0.0 or self.high < 0.0)
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Difference:
+    """Bootstrap of ``ours - theirs``, value by value of the same task, budget and seed.
+
+    Raises:
+        ValueError: the two differ in number, or are empty.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"expected as many values of both, at least one, got {len(ours)} and {len(theirs)}")
+    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(differences), (RESAMPLES, len(differences)))
+    low, high = np.percentile(differences[drawn].mean(axis=1), (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
+    return Difference(float(differences.mean()), float(low), float(high), len(differences))

@@ -1,0 +1,229 @@
+"""What a study compares: a TOML file, read and checked as a whole before anything runs, and the runs that follow from it.
+
+name = "main"
+seeds = [0, 1, 2, 3, 4]
+learning_rates = [1e-3, 2e-3, 4e-3]      # one grid for all methods; picked on validation rows, with the first seed
+budgets = [[8, 4], [16, 8]]              # r at the start and rank at the end; fixed ranks are those at the end
+
+[training]
+steps = 240
+rows = 16
+
+[tasks.polarity]
+data = "movie-polarity"
+
+[methods.igu]
+[methods.random]                         # a control
+[methods.igu-hard]
+method = "igu"
+prune = "hard"
+[methods.peft-adalora]
+library = "peft"
+method = "adalora"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomllib
+
+from igulora.config import METHODS
+from igulora.errors import check_choice, nearest
+
+DATA = (
+    "movie-polarity",
+    "movie-rating",
+    "product-rating",
+    "tweet-rating",
+    "bbc-news",
+)  # how each is read stands in tasks.py
+LIBRARIES = {"igulora": tuple(METHODS), "peft": ("lora", "adalora", "dora")}
+
+
+class Budget(NamedTuple):
+    """Triplets per matrix: stored at the start by methods that prune, and live at the end of all."""
+
+    r: int
+    target: int
+
+    def __str__(self) -> str:
+        return f"{self.r}-{self.target}"
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One method by the name a study gives it.
+
+    Attributes:
+        options: of :class:`igulora.IGUConfig`, or of PEFT's config.
+    """
+
+    name: str
+    library: str
+    method: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task: ``data`` (one of :data:`DATA`) and how many rows each part has."""
+
+    name: str
+    data: str
+    train: int = 2000
+    validation: int = 500
+    test: int = 1000
+    length: int = 64
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all methods train with. ``warmup``: fraction of the steps in which the learning rate rises, before it falls to zero."""
+
+    model: str = "minilm"
+    steps: int = 240
+    rows: int = 16
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    window: int = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: everything that tells it from the others of its study."""
+
+    task: str
+    method: str
+    budget: Budget
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the study's records."""
+        return f"{self.task}/{self.method}/{self.budget}/lr{self.learning_rate:g}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole file."""
+
+    name: str
+    seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...]
+    budgets: tuple[Budget, ...]
+    tasks: dict[str, TaskSpec]
+    methods: dict[str, MethodSpec]
+    training: Training = field(default_factory=Training)
+
+    def groups(self) -> list[tuple[str, str, Budget]]:
+        """(task, method, budget) in the order in which they run: budgets and tasks outside, so that methods are compared early."""
+        return [(task, method, budget) for budget in self.budgets for task in self.tasks for method in self.methods]
+
+    def searches(self, task: str, method: str, budget: Budget) -> list[Run]:
+        """The runs whose validation rows pick the learning rate: the whole grid with the first seed."""
+        return [Run(task, method, budget, rate, self.seeds[0]) for rate in self.learning_rates]
+
+    def repeats(self, task: str, method: str, budget: Budget, rate: float) -> list[Run]:
+        """The runs of all seeds with the learning rate that was picked; that of the first seed is one of the searches."""
+        return [Run(task, method, budget, rate, seed) for seed in self.seeds]
+
+    @property
+    def count(self) -> int:
+        """Trainings in all."""
+        return len(self.groups()) * (len(self.learning_rates) + len(self.seeds) - 1)
+
+
+def read_study(path: Path) -> Study:
+    """A study from its file.
+
+    Raises:
+        ValueError: the file is no TOML, lacks an entry, or an entry does not fit (names it).
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"expected a study in TOML, got {path}: {error}") from error
+    _check_keys(given, ("name", "seeds", "learning_rates", "budgets", "training", "tasks", "methods"), str(path))
+    for name in ("tasks", "methods"):
+        if not isinstance(given.get(name), dict) or not given[name]:
+            raise ValueError(f"expected [{name}.NAME] tables in {path}, got {given.get(name)!r}")
+    study = Study(
+        name=str(given.get("name", path.stem)),
+        seeds=tuple(_numbers(given, "seeds", int, 0, path)),
+        learning_rates=tuple(float(rate) for rate in _numbers(given, "learning_rates", (int, float), 0, path)),
+        budgets=tuple(_budget(pair, path) for pair in _listed(given, "budgets", path)),
+        tasks={
+            name: _filled(TaskSpec, {"name": name, **table}, f"[tasks.{name}]")
+            for name, table in given["tasks"].items()
+        },
+        methods={name: _method(name, table) for name, table in given["methods"].items()},
+        training=_filled(Training, given.get("training", {}), "[training]"),
+    )
+    for task in study.tasks.values():
+        check_choice(f"data of [tasks.{task.name}]", task.data, DATA)
+    return study
+
+
+def _check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise ValueError(f"expected entries of {where} among {', '.join(known)}, got {key!r}.{nearest(key, known)}")
+
+
+def _listed(given: dict[str, Any], name: str, path: Path) -> list[Any]:
+    value = given.get(name)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a list of {name} in {path}, got {value!r}")
+    return value
+
+
+def _numbers(given: dict[str, Any], name: str, kind: Any, least: float, path: Path) -> list[Any]:
+    values = _listed(given, name, path)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+            raise ValueError(f"expected {name} in {path} to be numbers of at least {least}, got {value!r}")
+    if len(set(values)) < len(values):
+        raise ValueError(f"expected {name} in {path} to differ, got {values}")
+    return values
+
+
+def _budget(pair: Any, path: Path) -> Budget:
+    if (
+        not isinstance(pair, list)
+        or len(pair) != 2
+        or not all(type(n) is int for n in pair)
+        or not 1 <= pair[1] <= pair[0]
+    ):
+        raise ValueError(f"expected budgets in {path} as [r, target] with 1 <= target <= r, got {pair!r}")
+    return Budget(*pair)
+
+
+def _filled(kind: type, table: Any, where: str) -> Any:
+    if not isinstance(table, dict):
+        raise ValueError(f"expected a table {where}, got {table!r}")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    _check_keys(table, tuple(fields), where)
+    for name, value in table.items():
+        wanted = {"int": int, "float": (int, float), "str": str}[str(fields[name].type)]
+        if isinstance(value, bool) or not isinstance(value, wanted) or (wanted is not str and value < 0):
+            raise ValueError(f"expected {name} in {where} to be a number >= 0 or a name, as its default, got {value!r}")
+    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in table]
+    if missing:
+        raise ValueError(f"expected {', '.join(missing)} in {where}, got none")
+    return kind(**table)
+
+
+def _method(name: str, table: Any) -> MethodSpec:
+    if not isinstance(table, dict):
+        raise ValueError(f"expected a table [methods.{name}], got {table!r}")
+    options = dict(table)
+    library, method = options.pop("library", "igulora"), options.pop("method", name.removeprefix("peft-"))
+    check_choice(f"library of [methods.{name}]", library, LIBRARIES)
+    check_choice(f"method of [methods.{name}]", method, LIBRARIES[library])
+    return MethodSpec(name, library, method, options)

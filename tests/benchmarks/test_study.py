@@ -1,0 +1,234 @@
+"""A study: what its file may say, which runs follow, that it goes on where it was stopped, and what its page claims."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from igulora.benchmarks.study import conduct as conducting
+from igulora.benchmarks.study import tasks
+from igulora.benchmarks.study.book import Book
+from igulora.benchmarks.study.conduct import again, conduct, picked
+from igulora.benchmarks.study.intervals import Spread, paired
+from igulora.benchmarks.study.page import page
+from igulora.benchmarks.study.plan import Budget, Run, Study, read_study
+from igulora.benchmarks.study.training import factor
+from igulora.cli.main import main
+
+FILE = """
+name = "small"
+seeds = [0, 1, 2]
+learning_rates = [1e-3, 4e-3]
+budgets = [[4, 2]]
+[training]
+steps = 30
+rows = 4
+window = 2
+[tasks.polarity]
+data = "movie-polarity"
+train = 40
+validation = 12
+test = 12
+length = 12
+[methods.igu]
+[methods.fixed]
+method = "lora"
+[methods.peft-lora]
+library = "peft"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.fixture
+def study(file: Path) -> Study:
+    return read_study(file)
+
+
+class Pretended:
+    """Stands for training: known metrics, and a stop after so many runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, better: dict[str, float]) -> None:
+        self.better, self.runs, self.most = better, [], 10**6
+        monkeypatch.setattr(conducting, "train", self)
+        monkeypatch.setattr(conducting, "Prepared", lambda spec: None)
+
+    def __call__(self, run: Run, *_: Any) -> dict[str, Any]:
+        if len(self.runs) == self.most:
+            raise KeyboardInterrupt
+        self.runs.append(run.key)
+        reached = self.better[run.method] + 0.01 * run.seed - abs(run.learning_rate - 4e-3)
+        return {
+            "metric": "accuracy", "validation": {"accuracy": reached}, "test": {"accuracy": reached - 0.1},
+            "seconds": 3.0, "seconds_in_all": 4.0, "trainable": 10,
+        }  # fmt: skip
+
+
+def test_a_file_and_its_runs(study: Study) -> None:
+    assert study.methods["igu"].method == "igu"
+    assert (study.methods["peft-lora"].library, study.methods["peft-lora"].method) == ("peft", "lora")
+    assert study.budgets == (Budget(4, 2),)
+    assert study.count == 3 * (2 + 2)
+    keys = [run.key for group in study.groups() for run in study.searches(*group)]
+    assert keys[0] == "polarity/igu/4-2/lr0.001/seed0"
+    assert len(set(keys)) == 6
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds = [0, 1, 2]", "seeds = []", "expected a list of seeds"),
+        ("seeds = [0, 1, 2]", "seeds = [0, 0]", r"expected seeds in .* to differ, got \[0, 0\]"),
+        ("seeds = [0, 1, 2]", "seeds = [0.5]", "expected seeds in .* to be numbers of at least 0, got 0.5"),
+        ("seeds = [0, 1, 2]", "seed = [0]", "expected entries of .* got 'seed'. Did you mean 'seeds'"),
+        ("[[4, 2]]", "[[2, 4]]", r"expected budgets in .* as \[r, target\] with 1 <= target <= r, got \[2, 4\]"),
+        ("steps = 30", "steps = -1", r"expected steps in \[training\] to be a number >= 0"),
+        ("steps = 30", "step = 30", r"expected entries of \[training\] among .* Did you mean 'steps'"),
+        ('data = "movie-polarity"', "", r"expected data in \[tasks.polarity\], got none"),
+        (
+            'data = "movie-polarity"',
+            'data = "movies"',
+            r"expected data of \[tasks.polarity\] to be one of movie-polarity",
+        ),
+        (
+            'method = "lora"',
+            'method = "lore"',
+            r"expected method of \[methods.fixed\] to be one of .* Did you mean 'lora'",
+        ),
+        ("[methods.igu]", "[methods.other]", r"expected method of \[methods.other\] to be one of"),
+        (
+            'library = "peft"',
+            'library = "pfet"',
+            r"expected library of \[methods.peft-lora\] to be one of igulora, peft",
+        ),
+        ("[methods.igu]", "[methods.igu", "expected a study in TOML"),
+    ],
+)
+def test_files_that_do_not_fit(file: Path, old: str, new: str, words: str) -> None:
+    assert old in FILE
+    file.write_text(FILE.replace(old, new, 1))
+    with pytest.raises(ValueError, match=words):
+        read_study(file)
+
+
+def test_rates_are_picked_on_validation_rows_and_seeds_follow(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended, said = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6}), []
+    book = Book(tmp_path / "records.jsonl")
+    conduct(study, book, said.append)
+    assert len(pretended.runs) == len(set(pretended.runs)) == study.count == len(said)
+    assert picked(study, book, "accuracy", "polarity", "igu", Budget(4, 2)) == 4e-3
+    assert pretended.runs[:4] == [
+        f"polarity/igu/4-2/{end}" for end in ("lr0.001/seed0", "lr0.004/seed0", "lr0.004/seed1", "lr0.004/seed2")
+    ]
+    assert said[0] == "1/12 polarity/igu/4-2/lr0.001/seed0: validation accuracy 0.8970, about 1 min left"
+    conduct(study, book, said.append)
+    assert len(pretended.runs) == study.count
+
+
+def test_a_study_that_was_stopped_goes_on(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    path, pretended.most = tmp_path / "records.jsonl", 5
+    with pytest.raises(KeyboardInterrupt):
+        conduct(study, Book(path), lambda _: None)
+    path.write_text(path.read_text() + '{"key": "polarity/fix')  # cut off in the middle of a line
+    pretended.most = 10**6
+    conduct(study, Book(path), lambda _: None)
+    assert len(pretended.runs) == len(set(pretended.runs)) == study.count
+    assert len(Book(path).records) == len(path.read_text().splitlines()) == study.count
+
+
+def test_records_of_other_settings_or_damaged_ones(
+    study: Study, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    path = tmp_path / "records.jsonl"
+    conduct(study, Book(path), lambda _: None)
+    file.write_text(FILE.replace("rows = 4", "rows = 8"))
+    with pytest.raises(ValueError, match=r"expected polarity/igu/4-2/lr0.001/seed0 in .* got others for training"):
+        conduct(read_study(file), Book(path), lambda _: None)
+    path.write_text("not json\n" + path.read_text())
+    with pytest.raises(ValueError, match="expected a JSON object with a key in line 1"):
+        Book(path)
+
+
+def test_a_row_is_run_again(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    book = Book(tmp_path / "records.jsonl")
+    conduct(study, book, lambda _: None)
+    key = "polarity/igu/4-2/lr0.004/seed2"
+    pretended.better["igu"] = 0.95
+    then, now = again(study, book, key)
+    assert then["test"]["accuracy"] == pytest.approx(0.82)
+    assert now["test"]["accuracy"] == pytest.approx(0.87)
+    with pytest.raises(
+        ValueError, match="expected the key of a recorded run, got 'polarity/igu/4-2/lr0.004/seed3'. Did you mean"
+    ):
+        again(study, book, "polarity/igu/4-2/lr0.004/seed3")
+
+
+def test_the_page_claims_what_is_clear(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.5})
+    book = Book(tmp_path / "records.jsonl")
+    assert "0 of 9 runs" in page(study, book)
+    conduct(study, book, lambda _: None)
+    text = page(study, book)
+    assert "9 of 9 runs" in text
+    assert "| `igu` | 0.810 (0.805 to 0.815) | 3 | 0.004 | 10 | 100 |" in text
+    assert "- `igu` is better than `fixed`: +0.400 over 3 pairs." in text
+    assert "`fixed` is better" not in text
+    assert "`peft-lora` is better" not in text
+
+
+def test_intervals() -> None:
+    clear = paired([1.1, 1.2, 1.3, 1.25], [1.0, 1.1, 1.15, 1.2])
+    assert clear.clear
+    assert clear.mean == pytest.approx(0.1)
+    assert clear.low < clear.mean < clear.high
+    assert not paired([1.0, 0.0, 1.0, 0.0], [0.5, 0.4, 0.6, 0.5]).clear
+    assert not paired([2.0], [1.0]).clear
+    assert paired([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 0.0, 2)
+    assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
+    with pytest.raises(ValueError, match="expected as many values of both, at least one, got 2 and 1"):
+        paired([1.0, 2.0], [1.0])
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    factors = [factor(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == 1.0
+    assert factors[-1] == pytest.approx(1 / 90)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+@pytest.mark.slow
+def test_a_whole_study(
+    file: Path, archive: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(tasks, "minilm_folder", lambda: encoder)
+    others = '[methods.random]\n[methods.igu-flex]\n[methods.ralora-pro]\n[methods.peft-adalora]\nlibrary = "peft"\n'
+    file.write_text(FILE.replace("seeds = [0, 1, 2]", "seeds = [0]").replace("[1e-3, 4e-3]", "[2e-2]") + others)
+    assert main(["study", str(file)]) == 0
+    assert "7/7 polarity/peft-adalora/4-2/lr0.02/seed0: validation accuracy" in capsys.readouterr().out
+    output = file.with_suffix("")
+    records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 7
+    assert all(0.0 <= record["test"]["accuracy"] <= 1.0 for record in records)
+    assert {"date", "machine", "versions", "threads"} <= records[0].keys()
+    written = (output / "README.md").read_text()
+    assert main(["study", str(file), "--render"]) == 0
+    assert (output / "README.md").read_text() == written
+    assert main(["study", str(file), "--again", records[0]["key"]]) == 0
+    assert f"test: recorded {records[0]['test']}, now {records[0]['test']}" in capsys.readouterr().out
