@@ -28,7 +28,7 @@ def newest(folder: Path) -> int:
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
     starter: Callable[..., Any], worker: ModuleType, tmp_path: Path
 ) -> None:
-    """The first of 3 processes dies while it saves; 2 go on, one dies in training; 1 ends the run where an uninterrupted one ends."""
+    """4 processes, the first dies while it saves; 2 go on, one dies in training; 1 ends the run where an uninterrupted one ends."""
     seed = int.from_bytes(os.urandom(2), "big")
     print(f"seed {seed}")  # noqa: T201  shown where the test fails
     draw = random.Random(seed)
@@ -55,7 +55,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
         assert -signal.SIGKILL in codes
 
     # A checkpoint takes several renames; from the third checkpoint on, at any of them.
-    all_end(begin(3, die_at_rename=draw.randint(12, 30)))
+    all_end(begin(4, die_at_rename=draw.randint(12, 30)))
     first = newest(folder)
     assert 0 < first < STOP
     running = begin(2, load=True, pause=0.05)

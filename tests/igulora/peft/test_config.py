@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +122,3 @@ def test_a_changed_peft_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(registration, "PeftType", type("PeftType", (str,), {"__members__": {}}))
     with pytest.raises(ImportError, match=r"as its version 0\.21 does.*install peft==0\.21"):
         registration.peft_type()
-
-
-@pytest.mark.slow
-def test_import_igulora_leaves_peft_alone_until_its_config_is_asked_for() -> None:
-    code = (
-        "import sys, igulora; assert 'peft' not in sys.modules and 'transformers' not in sys.modules; "
-        "c = igulora.IGULoraConfig; import peft; assert peft.PeftType('IGULORA') and c.__module__ == 'igulora.peft.config'"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

@@ -146,7 +146,9 @@ def test_a_fresh_process_loads_after_one_import_and_peft_names_what_is_missing_w
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
     peft.get_peft_model(model, IGULoraConfig(method="lora", r=2, target_modules=["0"])).save_pretrained(tmp_path)
     code = """
-import sys, peft
+import sys, igulora
+assert "peft" not in sys.modules and "transformers" not in sys.modules
+import peft
 from torch import nn
 base = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
 try:
@@ -155,7 +157,8 @@ except KeyError as error:
     assert error.args == ("IGULORA",)
 else:
     sys.exit("PEFT knows the method by itself: say so in docs/peft.md")
-import igulora.peft
+config = igulora.IGULoraConfig  # as "import igulora.peft" does
+assert peft.PeftType("IGULORA") and config.__module__ == "igulora.peft.config"
 peft.PeftModel.from_pretrained(base, sys.argv[1])
 """
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
