@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..backend import interpreting
 from ..rows import Ranges, group_count, rows_first
 from . import dq_pass, dy_pass, rank_term
 from . import project as projection
@@ -269,6 +270,8 @@ def _dy_gradients(
     programs, padded = cdiv(M, dy_pass.ds_tile(BLOCK_R, dy2.element_size()).BLOCK_M), padded_rank(R)
     want_de = need_e or sampled
     part_de = _float32(dy2, 2 if weights is not None else 1, programs, padded) if want_de else None
+    if part_de is not None and padded != R and interpreting():
+        part_de.zero_()  # what lies in the padding is summed and dropped, which NumPy, unlike a GPU, warns of where it is infinite
     dy_pass.launch_ds_sum(part_ds, S, R, coef, alpha, weights, rows.per_group, rows.train, rows.path, G, part_de)
     dE = torch.empty_like(coef[0]) if need_e else None
     if part_de is not None:

@@ -86,6 +86,24 @@ def test_a_product_of_its_own_for_the_gradient_of_s(monkeypatch: pytest.MonkeyPa
     assert_follows(Call(28, **SIZES, blocks=4, alpha="groups", train=2, path=1), torch.float32, device)
 
 
+@pytest.mark.parametrize(("blocks", "r"), [(1, 7), (4, 28)])
+def test_infinities_in_memory_that_nothing_was_written_to(
+    blocks: int, r: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Padding may be summed and dropped, where inf - inf is no number, of which the interpreter's NumPy warns."""
+    real = Tensor.new_empty
+
+    def infinite(*args: Any, **kwargs: Any) -> Tensor:
+        out = real(*args, **kwargs)
+        if out.is_floating_point() and out.numel():
+            signs = 1 - 2 * (torch.arange(out.numel(), device=out.device) // 16 % 2)
+            out.view(-1).copy_(signs * torch.inf)
+        return out
+
+    monkeypatch.setattr(Tensor, "new_empty", infinite)
+    assert_follows(Call(r, (6, 40), **SIZES, blocks=blocks, alpha="groups", train=4, path=2), torch.float32, device)
+
+
 def test_same_bits_every_time(device: torch.device) -> None:
     call = Call(28, **SIZES, blocks=4, alpha="groups", train=2, path=1, dropout=0.3)
     once, again = run(call, torch.float16, device), run(call, torch.float16, device)
