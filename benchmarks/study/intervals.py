@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES, LEVEL = 10_000, 0.95
+MIN_PAIRS = 5  # the differences of fewer have one sign by chance too often
 
 
 class Spread(NamedTuple):
@@ -34,8 +35,8 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero; never so for a single pair."""
-        return self.pairs > 1 and (self.low > 0.0 or self.high < 0.0)
+        """Whether the interval leaves out zero; never so for fewer than MIN_PAIRS pairs."""
+        return self.pairs >= MIN_PAIRS and (self.low > 0.0 or self.high < 0.0)
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Difference:

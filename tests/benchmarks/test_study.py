@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from igulora.benchmarks.study import conduct as conducting
-from igulora.benchmarks.study import tasks
+from igulora.benchmarks.study import intervals, tasks
 from igulora.benchmarks.study.book import Book
 from igulora.benchmarks.study.conduct import again, conduct, picked
 from igulora.benchmarks.study.intervals import Spread, paired
@@ -183,6 +183,8 @@ def test_the_page_claims_what_is_clear(study: Study, tmp_path: Path, monkeypatch
     book = Book(tmp_path / "records.jsonl")
     assert "0 of 9 runs" in page(study, book)
     conduct(study, book, lambda _: None)
+    assert "No difference is clear." in page(study, book)  # of three pairs
+    monkeypatch.setattr(intervals, "MIN_PAIRS", 3)
     text = page(study, book)
     assert "9 of 9 runs" in text
     assert "| `igu` | 0.810 (0.805 to 0.815) | 3 | 0.004 | 10 | 100 |" in text
@@ -192,12 +194,12 @@ def test_the_page_claims_what_is_clear(study: Study, tmp_path: Path, monkeypatch
 
 
 def test_intervals() -> None:
-    clear = paired([1.1, 1.2, 1.3, 1.25], [1.0, 1.1, 1.15, 1.2])
+    clear = paired([1.1, 1.2, 1.3, 1.25, 1.4], [1.0, 1.1, 1.15, 1.2, 1.3])
     assert clear.clear
     assert clear.mean == pytest.approx(0.1)
     assert clear.low < clear.mean < clear.high
-    assert not paired([1.0, 0.0, 1.0, 0.0], [0.5, 0.4, 0.6, 0.5]).clear
-    assert not paired([2.0], [1.0]).clear
+    assert not paired([1.0, 0.0, 1.0, 0.0, 0.6], [0.5, 0.4, 0.6, 0.5, 0.5]).clear
+    assert not paired([2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]).clear
     assert paired([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 0.0, 2)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
     with pytest.raises(ValueError, match="expected as many values of both, at least one, got 2 and 1"):
