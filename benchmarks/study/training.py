@@ -123,7 +123,6 @@ def _peft(
 
     shared = {"target_modules": "all-linear", "modules_to_save": heads, "exclude_modules": heads, **method.options}
     adaptive = method.method == "adalora"
-    torch.manual_seed(seed)
     if adaptive:
         times = _schedule(training, 1)
         config: Any = peft.AdaLoraConfig(
@@ -172,10 +171,10 @@ def factor(step: int, steps: int, warmup: float) -> float:
 def train(run: Run, method: MethodSpec, training: Training, task: Prepared) -> dict[str, Any]:
     """Train once: metrics on validation and test rows, wall time. The seed draws the head, the start, the order of rows and the samples."""
     started = time.perf_counter()
-    torch.manual_seed(run.seed)
     stream = BatchStream(len(task.train), training.rows, seed=run.seed)
     batches = [task.collate(task.train, stream[k]) for k in range(training.steps)]
     base, heads = task.model(run.seed)
+    torch.manual_seed(run.seed)  # after the model, which draws its head where it is made for the first time
     made = learner(method, base, heads, run.budget, training, run.learning_rate, run.seed, task.loss, batches)
     rates = [group["lr"] for group in made.optimizer.param_groups]
     begin = time.perf_counter()

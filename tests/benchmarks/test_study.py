@@ -221,9 +221,9 @@ def test_a_whole_study(
     pytest.importorskip("peft")
     monkeypatch.setattr(tasks, "minilm_folder", lambda: encoder)
     others = '[methods.random]\n[methods.igu-flex]\n[methods.ralora-pro]\n[methods.peft-adalora]\nlibrary = "peft"\n'
-    file.write_text(FILE.replace("seeds = [0, 1, 2]", "seeds = [0]").replace("[1e-3, 4e-3]", "[2e-2]") + others)
+    file.write_text(FILE.replace("seeds = [0, 1, 2]", "seeds = [1]").replace("[1e-3, 4e-3]", "[2e-2]") + others)
     assert main(["study", str(file)]) == 0
-    assert "7/7 polarity/peft-adalora/4-2/lr0.02/seed0: validation accuracy" in capsys.readouterr().out
+    assert "7/7 polarity/peft-adalora/4-2/lr0.02/seed1: validation accuracy" in capsys.readouterr().out
     output = file.with_suffix("")
     records = [json.loads(line) for line in (output / "records.jsonl").read_text().splitlines()]
     assert len(records) == 7
@@ -232,5 +232,7 @@ def test_a_whole_study(
     written = (output / "README.md").read_text()
     assert main(["study", str(file), "--render"]) == 0
     assert (output / "README.md").read_text() == written
-    assert main(["study", str(file), "--again", records[0]["key"]]) == 0
-    assert f"test: recorded {records[0]['test']}, now {records[0]['test']}" in capsys.readouterr().out
+    for record in (records[0], records[1], records[-1]):  # in a process of their own the model is made anew for each
+        tasks._base.cache_clear()
+        assert main(["study", str(file), "--again", record["key"]]) == 0
+        assert f"test: recorded {record['test']}, now {record['test']}" in capsys.readouterr().out
