@@ -18,28 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-import igulora
-from igulora.bank import find_bank
 from igulora.cli.finetune import quieten_transformers
 from igulora.training.demo import minilm_folder
 from igulora.training.loop import BatchStream
 from igulora.training.modeling import load_sequence_model, load_tokenizer
-from igulora.training.report import trainable_parameters
 from igulora.training.tasks import Classification, Regression
 
 from . import allocator
 from .machine import RESULTS, circumstances
 from .pages import keep, place, table
 from .ratios import Times, quartiles
+from .recipes import Recipe, learner
 from .reviews import TASKS, examples
-from .study.training import peft_penalty
 
 FOLDER = RESULTS / "family"
 OURS = ("igu", "adalora", "lora", "flexlora", "igu-flex", "ralora", "ralora-pro")
 PEFT = ("peft-lora", "peft-adalora")
-Step = Callable[[Any], None]
 
 
 @dataclass(frozen=True)
@@ -61,65 +56,12 @@ class Plan:
         return {"total_steps": self.steps, "t_init": self.steps // 4, "t_final": self.steps // 4, "delta_t": 2}
 
 
-def _ours(method: str, model: nn.Module, heads: list[str], plan: Plan, loss: Any, batches: list[Any]) -> Step:
-    options: dict[str, Any] = {"method": method, "r": plan.r, "target_rank": plan.target_rank, "modules_to_save": heads}
-    if method in ("igu", "igu-flex"):
-        options["window"] = plan.window
-    if method.startswith("ralora"):
-        found = igulora.align(
-            model,
-            batches,
-            lambda b: loss(model, b),
-            r=plan.target_rank,
-            pro=method == "ralora-pro",
-            exclude_modules=heads,
-        )
-        options["block_pattern"] = found.blocks
-        options |= {"rank_pattern": found.ranks} if method == "ralora-pro" else {}
-    config = igulora.IGUConfig(**options, **(plan.schedule if method not in ("lora", "ralora", "ralora-pro") else {}))
-    igulora.adapt(model, config)
-    optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=plan.lr), fused=True)
-    controller = igulora.Controller(model, optimizer=optimizer)
-
-    def step(batch: Any) -> None:
-        controller.backward(lambda b: loss(model, b), batch)
-        optimizer.step()
-        controller.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _peft(method: str, model: nn.Module, heads: list[str], plan: Plan, loss: Any) -> Step:
-    import peft
-
-    shared: dict[str, Any] = {"target_modules": "all-linear", "modules_to_save": heads, "exclude_modules": heads}
-    adaptive = method == "peft-adalora"
-    if adaptive:
-        times = plan.schedule
-        config: Any = peft.AdaLoraConfig(
-            init_r=plan.r, target_r=plan.target_rank, lora_alpha=plan.r, total_step=times["total_steps"], tinit=times["t_init"],
-            tfinal=times["t_final"], deltaT=times["delta_t"], **shared,
-        )  # fmt: skip
-    else:
-        config = peft.LoraConfig(r=plan.target_rank, lora_alpha=plan.target_rank, **shared)
-    model = peft.get_peft_model(model, config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=plan.lr, fused=True)
-    taken = 0
-
-    def step(batch: Any) -> None:
-        nonlocal taken
-        value = loss(model, batch)
-        if adaptive:
-            value = value + peft_penalty(model, config.orth_reg_weight)
-        value.backward()
-        optimizer.step()
-        if adaptive:
-            model.base_model.update_and_allocate(taken)
-        taken += 1
-        optimizer.zero_grad()
-
-    return step
+def recipe(name: str, plan: Plan) -> Recipe:
+    """What a method of the study trains with, each library's other defaults as they are."""
+    method = name.removeprefix("peft-")
+    options = {"window": plan.window} if name in ("igu", "igu-flex") else {}
+    library = "peft" if name in PEFT else "igulora"
+    return Recipe(library, method, plan.r, plan.target_rank, plan.schedule, plan.lr, options=options)
 
 
 def run(task_name: str, plan: Plan, methods: list[str], say: Callable[[str], None]) -> dict[str, Any]:
@@ -138,18 +80,8 @@ def run(task_name: str, plan: Plan, methods: list[str], say: Callable[[str], Non
     batches = [task.collate([rows[i] for i in stream[k]]) for k in range(plan.steps)]
     device = torch.device("cpu")
     before = task.evaluate(base, tests, 64, device)
-    models = {name: copy.deepcopy(base).train() for name in methods}
-    steps = {
-        name: _peft(name, model, heads, plan, task.loss)
-        if name in PEFT
-        else _ours(name, model, heads, plan, task.loss, batches[:8])
-        for name, model in models.items()
-    }
-    trainable = {
-        name: sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if name in PEFT
-        else trainable_parameters(model, find_bank(model).ranks())
-        for name, model in models.items()
+    learners = {
+        name: learner(recipe(name, plan), copy.deepcopy(base).train(), heads, task.loss, batches) for name in methods
     }
     times: Times = {name: [] for name in methods}
     for start in range(0, plan.steps, plan.window):
@@ -157,10 +89,10 @@ def run(task_name: str, plan: Plan, methods: list[str], say: Callable[[str], Non
             gc.collect()
             begin = time.perf_counter()
             for batch in batches[start : start + plan.window]:
-                steps[name](batch)
+                learners[name].step(batch)
             times[name].append((time.perf_counter() - begin) / len(batches[start : start + plan.window]))
         say(f"{task_name}: step {min(start + plan.window, plan.steps)}/{plan.steps}")
-    after = {name: task.evaluate(model, tests, 64, device) for name, model in models.items()}
+    after = {name: task.evaluate(made.model, tests, 64, device) for name, made in learners.items()}
     settled = {name: series[2:] for name, series in times.items()}  # first calls make plans and tables
     return {
         "metric": task.metric,
@@ -173,7 +105,7 @@ def run(task_name: str, plan: Plan, methods: list[str], say: Callable[[str], Non
             for name, series in settled.items()
             if name != "igu"
         },
-        "trainable": trainable,
+        "trainable": {name: made.trainable for name, made in learners.items()},
     }
 
 

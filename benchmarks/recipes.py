@@ -1,0 +1,138 @@
+"""How a method trains a model, ours and PEFT's by one description: what studies compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import igulora
+from igulora.bank import find_bank
+from igulora.training.report import trainable_parameters
+
+FIXED = ("lora", "ralora", "ralora-pro")  # ranks do not change, so that no schedule is wanted
+_ALIGN_BATCHES = 8
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method and what it trains with.
+
+    Attributes:
+        library: "igulora" or "peft". method: of :class:`igulora.IGUConfig`, or "lora", "dora", "adalora" of PEFT's.
+        r, target: triplets per matrix, at the start of methods that prune and at the end of all.
+        schedule: total_steps, t_init, t_final and delta_t of methods whose ranks change.
+        rate: learning rate. optimizer: further options of AdamW.
+        options: of the method's own config; they win over what follows from the rest.
+    """
+
+    library: str
+    method: str
+    r: int
+    target: int
+    schedule: dict[str, int]
+    rate: float
+    seed: int = 0
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Learner:
+    """A method at work.
+
+    Attributes:
+        step: one optimizer step on a batch. optimizer: whose learning rate a schedule sets.
+        trainable: parameters that train at the start.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Any], None]
+    trainable: int
+
+
+def learner(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
+    """``model`` adapted in place; ``batches`` are those it will train on, for methods that measure before.
+
+    PEFT draws its start from PyTorch's own generator, which is the caller's to seed.
+    """
+    return (_peft if recipe.library == "peft" else _ours)(recipe, model, heads, loss, batches)
+
+
+def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
+    options: dict[str, Any] = {
+        "r": recipe.r, "target_rank": recipe.target, "modules_to_save": heads, "seed": recipe.seed,
+        **({} if recipe.method in FIXED else recipe.schedule), **recipe.options,
+    }  # fmt: skip
+    if recipe.method in ("ralora", "ralora-pro") and not {"blocks", "block_pattern"} & options.keys():
+        found = igulora.align(
+            model,
+            batches[:_ALIGN_BATCHES],
+            lambda b: loss(model, b),
+            r=recipe.target,
+            pro=recipe.method == "ralora-pro",
+            exclude_modules=heads,
+            seed=recipe.seed,
+        )
+        options["block_pattern"] = found.blocks
+        options |= {"rank_pattern": found.ranks} if recipe.method == "ralora-pro" else {}
+    igulora.adapt(model, igulora.IGUConfig(recipe.method, **options))
+    optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=recipe.rate, **recipe.optimizer), fused=True)
+    controller = igulora.Controller(model, optimizer=optimizer)
+
+    def step(batch: Any) -> None:
+        controller.backward(lambda b: loss(model, b), batch)
+        optimizer.step()
+        controller.step()
+        optimizer.zero_grad()
+
+    return Learner(model, optimizer, step, trainable_parameters(model, find_bank(model).ranks()))
+
+
+def _peft(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
+    import peft
+
+    shared = {"target_modules": "all-linear", "modules_to_save": heads, "exclude_modules": heads, **recipe.options}
+    adaptive = recipe.method == "adalora"
+    if adaptive:
+        times = recipe.schedule
+        config: Any = peft.AdaLoraConfig(
+            init_r=recipe.r, target_r=recipe.target, lora_alpha=recipe.r, total_step=times["total_steps"], tinit=times["t_init"],
+            tfinal=times["t_final"], deltaT=times["delta_t"], **shared,
+        )  # fmt: skip
+    else:
+        dora = recipe.method == "dora"
+        config = peft.LoraConfig(r=recipe.target, lora_alpha=recipe.target, use_dora=dora, **shared)
+    wrapped = peft.get_peft_model(model, config)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.rate, fused=True, **recipe.optimizer)
+    taken = 0
+
+    def step(batch: Any) -> None:
+        nonlocal taken
+        value = loss(wrapped, batch)
+        if adaptive:
+            value = value + _penalty(wrapped, config.orth_reg_weight)
+        value.backward()
+        optimizer.step()
+        if adaptive:
+            wrapped.base_model.update_and_allocate(taken)
+        taken += 1
+        optimizer.zero_grad()
+
+    return Learner(wrapped, optimizer, step, sum(p.numel() for p in trained))
+
+
+def _penalty(model: nn.Module, weight: float) -> Tensor:
+    """The orthogonality penalty of PEFT's AdaLoRA, which it adds only to a loss that the model itself returns."""
+    total, count = torch.zeros(()), 0
+    for name, p in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = p @ p.t() if "lora_A" in name else p.t() @ p
+            total, count = total + torch.linalg.matrix_norm(gram - torch.eye(len(gram))), count + 1
+    return weight * total / max(count, 1)
