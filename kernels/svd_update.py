@@ -8,6 +8,7 @@ once more. Eager calls write into y's own storage, compiled ones make a new tens
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,21 +61,9 @@ def _saved_like(
     return rank_buffer(x, rows, P.shape[0], *windows(y.shape[-1], P, Q, seed, dropout_p))
 
 
-def _run(
-    y: Tensor,
-    x: Tensor,
-    P: Tensor,
-    E: Tensor,
-    Q: Tensor,
-    mask: Tensor,
-    alpha: Tensor | None,
-    S: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    out: Tensor,
-) -> Tensor:
-    operands = (y, x, P, E, Q, mask, alpha, S, seed, scale, dropout_p, out)
+def _run(y: Tensor, x: Tensor, P: Tensor, E: Tensor, Q: Tensor, *rest: Any) -> Tensor:
+    operands = (y, x, P, E, Q, *rest)
+    *_tensors, seed, _scale, dropout_p, _out = rest
     with as_given(x):
         if not serves(x, y.shape[-1], P, Q, seed, dropout_p):
             return _reference(*operands)

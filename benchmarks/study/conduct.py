@@ -30,6 +30,7 @@ def picked(study: Study, book: Book, metric: str, task: str, method: str, budget
 
 def conduct(study: Study, book: Book, say: Say) -> None:
     """Do all runs that the book lacks; a line of ``say`` after each, with the time that is left as the runs before it took."""
+    when = circumstances()  # once, now: what is committed while a study runs is not what runs
     done, taken = 0, [record["seconds_in_all"] for record in book.records.values() if "seconds_in_all" in record]
     tasks = cache(lambda name: Prepared(study.tasks[name]))
 
@@ -37,7 +38,6 @@ def conduct(study: Study, book: Book, say: Say) -> None:
         nonlocal done
         record = book.find(study, run)
         if record is None:
-            when = circumstances()  # before: what is committed while it runs is not what ran
             found = train(run, study.methods[run.method], study.training, tasks(run.task))
             taken.append(found["seconds_in_all"])
             record = book.add(study, run, {**found, **when})
