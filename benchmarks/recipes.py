@@ -47,13 +47,14 @@ class Learner:
 
     Attributes:
         step: one optimizer step on a batch. optimizer: whose learning rate a schedule sets.
-        trainable: parameters that train at the start.
+        trainable: parameters that train at the start. ranks: live triplets by matrix, now; of a method without Lambda its ranks.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: Callable[[Any], None]
     trainable: int
+    ranks: Callable[[], dict[str, int]]
 
 
 def learner(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
@@ -91,7 +92,8 @@ def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batche
         controller.step()
         optimizer.zero_grad()
 
-    return Learner(model, optimizer, step, trainable_parameters(model, find_bank(model).ranks()))
+    bank = find_bank(model)
+    return Learner(model, optimizer, step, trainable_parameters(model, bank.ranks()), lambda: find_bank(model).ranks())
 
 
 def _peft(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
@@ -125,7 +127,14 @@ def _peft(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batche
         taken += 1
         optimizer.zero_grad()
 
-    return Learner(wrapped, optimizer, step, sum(p.numel() for p in trained))
+    def ranks() -> dict[str, int]:
+        named = wrapped.base_model.model.named_modules()
+        layers = {name: module for name, module in named if len(getattr(module, "lora_A", ()))}
+        if adaptive:
+            return {name: int((layer.lora_E["default"] != 0).sum()) for name, layer in layers.items()}
+        return {name: layer.r["default"] for name, layer in layers.items()}
+
+    return Learner(wrapped, optimizer, step, sum(p.numel() for p in trained), ranks)
 
 
 def _penalty(model: nn.Module, weight: float) -> Tensor:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .plan import Run, Study
+from .plan import Run, Study, Training
 
 Record = dict[str, Any]
 
@@ -17,8 +17,10 @@ def settings(study: Study, run: Run) -> dict[str, Any]:
     """All that a run's result depends on, JSON-able: kept in its line, and compared when a study goes on."""
     return {
         "task": dataclasses.asdict(study.tasks[run.task]),
-        "method": dataclasses.asdict(study.methods[run.method]),
-        "training": dataclasses.asdict(study.training),
+        "method": {
+            name: value for name, value in dataclasses.asdict(study.methods[run.method]).items() if name != "rate_of"
+        },
+        "training": dataclasses.asdict(study.training_of(run.method)),
         "budget": list(run.budget),
         "learning_rate": run.learning_rate,
         "seed": run.seed,
@@ -62,6 +64,9 @@ class Book:
         if record is None:
             return None
         wanted = json.loads(json.dumps(settings(study, run)))
+        record["settings"]["training"] = (
+            dataclasses.asdict(Training()) | record["settings"]["training"]
+        )  # fields that came later
         if record["settings"] != wanted:
             different = [name for name in wanted if record["settings"].get(name) != wanted[name]]
             raise ValueError(

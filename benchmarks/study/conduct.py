@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-import statistics
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any, NamedTuple
+
+import torch
 
 from igulora.errors import nearest
 
+from .. import allocator
 from ..machine import circumstances
 from .book import Book, Record
 from .plan import Budget, Run, Study
 from .tasks import Prepared
 from .training import train
 
-Say = Callable[[str], None]
+
+class Progress(NamedTuple):
+    """What a study tells after each run: the run, its record, and how many are done, of how many."""
+
+    run: Run
+    record: Record
+    done: int
+    count: int
+
+
+Say = Callable[[Progress], None]
 
 
 def picked(study: Study, book: Book, metric: str, task: str, method: str, budget: Budget) -> float | None:
@@ -28,33 +44,47 @@ def picked(study: Study, book: Book, metric: str, task: str, method: str, budget
     return max(sorted(found), key=lambda rate: found[rate])
 
 
-def conduct(study: Study, book: Book, say: Say) -> None:
-    """Do all runs that the book lacks; a line of ``say`` after each, with the time that is left as the runs before it took."""
-    when = circumstances()  # once, now: what is committed while a study runs is not what runs
-    done, taken = 0, [record["seconds_in_all"] for record in book.records.values() if "seconds_in_all" in record]
-    tasks = cache(lambda name: Prepared(study.tasks[name]))
+def runs_of(study: Study, book: Book, task: str, method: str, budget: Budget) -> list[Run]:
+    """The runs of a group whose learning rates are known: its searches, and once they are done its seeds."""
+    searches = study.searches(task, method, budget)
+    first = book.find(study, searches[0])
+    rate = None if first is None else picked(study, book, first["metric"], task, method, budget)
+    return searches if rate is None else [*searches, *study.repeats(task, method, budget, rate)]
 
-    def one(run: Run) -> Record:
-        nonlocal done
-        record = book.find(study, run)
-        if record is None:
-            found = train(run, study.methods[run.method], study.training, tasks(run.task))
-            taken.append(found["seconds_in_all"])
-            record = book.add(study, run, {**found, **when})
-            metric = record["metric"]
-            left = (study.count - done - 1) * statistics.median(taken)
-            value = record["validation"][metric]
-            say(f"{done + 1}/{study.count} {run.key}: validation {metric} {value:.4f}, about {_minutes(left)} left")
-        done += 1
-        return record
 
-    for task, method, budget in study.groups():
-        searched = [one(run) for run in study.searches(task, method, budget)]
-        rate = picked(study, book, searched[0]["metric"], task, method, budget)
-        assert rate is not None
-        for run in study.repeats(task, method, budget, rate):
-            if run.seed != study.seeds[0]:
-                one(run)
+def conduct(study: Study, book: Book, say: Say, jobs: int = 1) -> None:
+    """Do all runs that the book lacks.
+
+    Args:
+        study, book: what to do and what is done; a finished run is in the book at once.
+        say: called after each run.
+        jobs: runs at the same time, each in a process of its own with its share of this process's threads; 1 runs them in this process.
+
+    Raises:
+        ValueError: the book holds a run with other settings.
+    """
+    where = {**circumstances(), "threads": max(torch.get_num_threads() // jobs, 1), "jobs": jobs}
+    underway: dict[Future[Record], Run] = {}
+    with _workers(jobs, where["threads"]) as executor:
+        try:
+            while True:
+                for run in _missing(study, book, set(underway.values()), jobs - len(underway)):
+                    work = (run, study.methods[run.method], study.training_of(run.method), study.tasks[run.task])
+                    underway[executor.submit(_train, *work)] = run
+                if not underway:
+                    return
+                for future in wait(underway, return_when=FIRST_COMPLETED).done:
+                    run = underway.pop(future)
+                    record = book.add(study, run, {**future.result(), **where})
+                    say(Progress(run, record, done(study, book), study.count))
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def done(study: Study, book: Book) -> int:
+    """How many of a study's runs the book has."""
+    return len({run for group in study.groups() for run in runs_of(study, book, *group) if book.find(study, run)})
 
 
 def again(study: Study, book: Book, key: str) -> tuple[Record, Record]:
@@ -71,9 +101,48 @@ def again(study: Study, book: Book, key: str) -> tuple[Record, Record]:
     run = runs[key]
     record = book.find(study, run)
     assert record is not None
-    return record, train(run, study.methods[run.method], study.training, Prepared(study.tasks[run.task]))
+    return record, _train(run, study.methods[run.method], study.training_of(run.method), study.tasks[run.task])
 
 
-def _minutes(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+def _missing(study: Study, book: Book, underway: set[Run], most: int) -> list[Run]:
+    """The next runs, at most so many."""
+    found: list[Run] = []
+    for group in study.groups():
+        for run in runs_of(study, book, *group):
+            if len(found) >= most:
+                return found
+            if run not in underway and run not in found and book.find(study, run) is None:
+                found.append(run)
+    return found
+
+
+@cache
+def _prepared(task: Any) -> Prepared:
+    return Prepared(task)
+
+
+def _train(run: Run, method: Any, training: Any, task: Any) -> Record:
+    return train(run, method, training, _prepared(task))
+
+
+class _Here(Executor):
+    """Runs what it is given at once, in this process."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+def _workers(jobs: int, threads: int) -> AbstractContextManager[Executor]:
+    if jobs == 1:
+        return _Here()
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(threads,))
+
+
+def _begin(threads: int) -> None:
+    from igulora.cli.finetune import quieten_transformers
+
+    torch.set_num_threads(threads)
+    allocator.keep_freed_memory()
+    quieten_transformers()

@@ -4,6 +4,9 @@ name = "main"
 seeds = [0, 1, 2, 3, 4]
 learning_rates = [1e-3, 2e-3, 4e-3]      # one grid for all methods; picked on validation rows, with the first seed
 budgets = [[8, 4], [16, 8]]              # r at the start and rank at the end; fixed ranks are those at the end
+pick_at = [8, 4]                         # the budget at which learning rates are picked for all; without it each picks its own
+judged_by = "test"                       # "validation" where the outcome chooses something
+against = ["fixed"]                      # whom the page compares all methods with; without it each with each
 
 [training]
 steps = 240
@@ -12,11 +15,16 @@ rows = 16
 [tasks.polarity]
 data = "movie-polarity"
 
-[methods.igu]
-[methods.random]                         # a control
+[methods.fixed]                          # a control
+method = "lora"
+init = "orthonormal"
 [methods.igu-hard]
 method = "igu"
 prune = "hard"
+rate_of = "igu"                          # no search of its own
+optimizer = { lambda_lr_ratio = 10 }     # of igulora.param_groups
+training = { rows = 8 }                  # in the place of [training]'s
+[methods.igu]
 [methods.peft-adalora]
 library = "peft"
 method = "adalora"
@@ -34,13 +42,8 @@ import tomllib
 from igulora.config import METHODS
 from igulora.errors import check_choice, nearest
 
-DATA = (
-    "movie-polarity",
-    "movie-rating",
-    "product-rating",
-    "tweet-rating",
-    "bbc-news",
-)  # how each is read stands in tasks.py
+DATA = ("movie-polarity", "movie-rating", "product-rating", "tweet-rating", "bbc-news")  # read in tasks.py
+JUDGES = ("test", "validation")
 LIBRARIES = {"igulora": tuple(METHODS), "peft": ("lora", "adalora", "dora")}
 
 
@@ -54,18 +57,26 @@ class Budget(NamedTuple):
         return f"{self.r}-{self.target}"
 
 
+Group = tuple[str, str, Budget]  # task, method, budget
+
+
 @dataclass(frozen=True)
 class MethodSpec:
     """One method by the name a study gives it.
 
     Attributes:
-        options: of :class:`igulora.IGUConfig`, or of PEFT's config.
+        options: of :class:`igulora.IGUConfig`, or of PEFT's config. optimizer: further options of its parameter groups.
+        training: fields of :class:`Training` in which it differs from its study.
+        rate_of: the method whose learning rate it takes, instead of a search of its own.
     """
 
     name: str
     library: str
     method: str
     options: dict[str, Any]
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    rate_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +93,23 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Training:
-    """What all methods train with. ``warmup``: fraction of the steps in which the learning rate rises, before it falls to zero."""
+    """What all methods train with.
 
-    model: str = "minilm"
+    Attributes:
+        rows: of a batch. stretch: batches whose rows are sorted by length together, so that little is padded; 1 leaves rows as drawn.
+        warmup: fraction of the steps in which the learning rate rises, before it falls to zero.
+        window: micro-batches per score update, for methods that have no shorter one.
+        dtype: of the frozen weights; adapters and heads train in float32. dropout: of the frozen model.
+    """
+
     steps: int = 240
     rows: int = 16
+    stretch: int = 8
     warmup: float = 0.06
     weight_decay: float = 0.0
     window: int = 8
+    dtype: str = "bfloat16"
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,7 +130,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """A whole file."""
+    """A whole file.
+
+    Attributes:
+        pick_at: the budget at which learning rates are picked for all budgets; None lets each pick its own.
+        judged_by: the part of the rows ("test", "validation") that tables are made of.
+        against: the methods that the page compares all others with.
+    """
 
     name: str
     seeds: tuple[int, ...]
@@ -119,23 +145,36 @@ class Study:
     tasks: dict[str, TaskSpec]
     methods: dict[str, MethodSpec]
     training: Training = field(default_factory=Training)
+    pick_at: Budget | None = None
+    judged_by: str = "test"
+    against: tuple[str, ...] = ()
 
-    def groups(self) -> list[tuple[str, str, Budget]]:
-        """(task, method, budget) in the order in which they run: budgets and tasks outside, so that methods are compared early."""
-        return [(task, method, budget) for budget in self.budgets for task in self.tasks for method in self.methods]
+    def groups(self) -> list[Group]:
+        """(task, method, budget) in the order in which they run: those that pick rates first, then budgets and tasks outside, so that
+        methods are compared early."""
+        budgets = sorted(self.budgets, key=lambda budget: budget != self.pick_at)
+        methods = sorted(self.methods, key=lambda method: self.methods[method].rate_of is not None)
+        return [(task, method, budget) for budget in budgets for task in self.tasks for method in methods]
 
     def searches(self, task: str, method: str, budget: Budget) -> list[Run]:
         """The runs whose validation rows pick the learning rate: the whole grid with the first seed."""
-        return [Run(task, method, budget, rate, self.seeds[0]) for rate in self.learning_rates]
+        owner, at = self.methods[method].rate_of or method, self.pick_at or budget
+        return [Run(task, owner, at, rate, self.seeds[0]) for rate in self.learning_rates]
 
     def repeats(self, task: str, method: str, budget: Budget, rate: float) -> list[Run]:
-        """The runs of all seeds with the learning rate that was picked; that of the first seed is one of the searches."""
+        """The runs of all seeds with the learning rate that was picked; that of the first seed may be one of the searches."""
         return [Run(task, method, budget, rate, seed) for seed in self.seeds]
+
+    def training_of(self, method: str) -> Training:
+        """What a method trains with."""
+        return dataclasses.replace(self.training, **self.methods[method].training)
 
     @property
     def count(self) -> int:
         """Trainings in all."""
-        return len(self.groups()) * (len(self.learning_rates) + len(self.seeds) - 1)
+        searched = {run for group in self.groups() for run in self.searches(*group)}
+        first = len(set(self.groups()) - {(run.task, run.method, run.budget) for run in searched})
+        return len(searched) + first + len(self.groups()) * (len(self.seeds) - 1)
 
 
 def read_study(path: Path) -> Study:
@@ -149,7 +188,7 @@ def read_study(path: Path) -> Study:
         given = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"expected a study in TOML, got {path}: {error}") from error
-    _check_keys(given, ("name", "seeds", "learning_rates", "budgets", "training", "tasks", "methods"), str(path))
+    _check_keys(given, tuple(f.name for f in dataclasses.fields(Study)), str(path))
     for name in ("tasks", "methods"):
         if not isinstance(given.get(name), dict) or not given[name]:
             raise ValueError(f"expected [{name}.NAME] tables in {path}, got {given.get(name)!r}")
@@ -164,10 +203,32 @@ def read_study(path: Path) -> Study:
         },
         methods={name: _method(name, table) for name, table in given["methods"].items()},
         training=_filled(Training, given.get("training", {}), "[training]"),
+        pick_at=_budget(given["pick_at"], path) if "pick_at" in given else None,
+        judged_by=given.get("judged_by", "test"),
+        against=tuple(given.get("against", ())),
     )
+    _check_study(study, path)
+    return study
+
+
+def _check_study(study: Study, path: Path) -> None:
+    """What one entry says of another."""
     for task in study.tasks.values():
         check_choice(f"data of [tasks.{task.name}]", task.data, DATA)
-    return study
+    check_choice(f"judged_by in {path}", study.judged_by, JUDGES)
+    if study.pick_at is not None and study.pick_at not in study.budgets:
+        raise ValueError(f"expected pick_at in {path} to be one of its budgets, got {list(study.pick_at)}")
+    for name in study.against:
+        check_choice(f"against in {path}", name, study.methods)
+    for name, method in study.methods.items():
+        _filled(Training, method.training, f"training of [methods.{name}]")
+        if method.rate_of is None:
+            continue
+        check_choice(f"rate_of of [methods.{name}]", method.rate_of, study.methods)
+        if study.methods[method.rate_of].rate_of is not None:
+            raise ValueError(
+                f"expected rate_of of [methods.{name}] to name a method with a search of its own, got {method.rate_of!r}"
+            )
 
 
 def _check_keys(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -226,4 +287,5 @@ def _method(name: str, table: Any) -> MethodSpec:
     library, method = options.pop("library", "igulora"), options.pop("method", name.removeprefix("peft-"))
     check_choice(f"library of [methods.{name}]", library, LIBRARIES)
     check_choice(f"method of [methods.{name}]", method, LIBRARIES[library])
-    return MethodSpec(name, library, method, options)
+    optimizer, training = options.pop("optimizer", {}), options.pop("training", {})
+    return MethodSpec(name, library, method, options, optimizer, training, options.pop("rate_of", None))

@@ -5,19 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import zip_longest
+from itertools import count, zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from igulora.training.data import Example
+from igulora.training.data import BatchStream, Example
 from igulora.training.demo import LABELS, bbc_articles, minilm_folder
 from igulora.training.modeling import load_sequence_model, load_tokenizer
-from igulora.training.tasks import Classification, Regression, Row, Task
+from igulora.training.tasks import Batch, Classification, Regression, Row, Task
 
 from ..reviews import examples
-from .plan import TaskSpec
+from .plan import TaskSpec, Training
 
 Load = Callable[
     [int], tuple[list[Example], list[Example]]
@@ -46,11 +46,23 @@ _DATA: dict[str, tuple[Load, list[str] | None]] = {
 
 
 @cache
-def _base(folder: str, classes: tuple[str, ...] | None, seed: int) -> tuple[nn.Module, list[str], Any]:
+def _base(folder: str, classes: tuple[str, ...] | None, seed: int, dtype: str) -> tuple[nn.Module, list[str], Any]:
     tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)  # of the head, which is new
     model, heads = load_sequence_model(folder, "float32", None if classes is None else list(classes), tokenizer)
+    model.set_attn_implementation(
+        "eager"
+    )  # PyTorch's fused attention is slower on a CPU, in bfloat16 and backwards by much
+    model.to(getattr(torch, dtype))
+    for name in heads:
+        head = model.get_submodule(name).float()
+        head.register_forward_pre_hook(_in_float32)
     return model, heads, tokenizer
+
+
+def _in_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What reaches a head, which trains in float32 whatever the frozen weights' dtype."""
+    return tuple(value.float() if isinstance(value, Tensor) else value for value in inputs)
 
 
 class Prepared:
@@ -60,7 +72,7 @@ class Prepared:
         load, classes = _DATA[spec.data]
         train, held_out = load(spec.validation + spec.test)
         self._folder, self._classes = str(minilm_folder()), None if classes is None else tuple(classes)
-        tokenizer = _base(self._folder, self._classes, 0)[2]
+        tokenizer = load_tokenizer(self._folder)
         self.task: Task = (
             Regression(tokenizer, spec.length) if classes is None else Classification(tokenizer, spec.length, classes)
         )
@@ -73,14 +85,36 @@ class Prepared:
         """What says how good a model is; higher is better."""
         return self.task.metric
 
-    def model(self, seed: int) -> tuple[nn.Module, list[str]]:
+    def model(self, seed: int, training: Training) -> tuple[nn.Module, list[str]]:
         """The pretrained model with a head drawn from ``seed``, and the head's names."""
-        model, heads, _ = _base(self._folder, self._classes, seed)
-        return copy.deepcopy(model), heads
+        model, heads, _ = _base(self._folder, self._classes, seed, training.dtype)
+        model = copy.deepcopy(model)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = training.dropout
+        return model, heads
 
-    def collate(self, rows: Sequence[Row], numbers: Sequence[int]) -> dict[str, Tensor]:
-        """A batch of the rows of these numbers."""
-        return self.task.collate([rows[i] for i in numbers])
+    def batches(self, training: Training, seed: int) -> list[Batch]:
+        """Those of one run, in the order that ``seed`` draws.
+
+        The rows of ``training.stretch`` batches at a time are sorted by length, and these batches shuffled: a batch pads little, and every
+        epoch still has every row once.
+        """
+        stream = BatchStream(len(self.train), training.rows * training.stretch, seed)
+        generator = torch.Generator().manual_seed(seed)
+        found: list[Batch] = []
+        for position in count():
+            if len(found) >= training.steps:
+                break
+            rows = [self.train[i] for i in stream[position]]
+            if training.stretch > 1:
+                rows.sort(key=lambda row: len(row["input_ids"]))
+            parts = [rows[start : start + training.rows] for start in range(0, len(rows), training.rows)]
+            order = (
+                torch.randperm(len(parts), generator=generator).tolist() if training.stretch > 1 else range(len(parts))
+            )
+            found += [self.task.collate(parts[i]) for i in order]
+        return found[: training.steps]
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss of a batch, ()."""

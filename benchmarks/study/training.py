@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 import igulora
-from igulora.training.loop import BatchStream
 
 from ..recipes import FIXED, Recipe, learner
 from .plan import MethodSpec, Run, Training
@@ -34,7 +33,7 @@ def recipe(run: Run, method: MethodSpec, training: Training) -> Recipe:
         schedule=_schedule(training, window),
         rate=run.learning_rate,
         seed=run.seed,
-        optimizer={"weight_decay": training.weight_decay},
+        optimizer={"weight_decay": training.weight_decay, **method.optimizer},
         options=options,
     )
 
@@ -48,9 +47,8 @@ def factor(step: int, steps: int, warmup: float) -> float:
 def train(run: Run, method: MethodSpec, training: Training, task: Prepared) -> dict[str, Any]:
     """Train once: metrics on validation and test rows, wall time. The seed draws the head, the start, the order of rows and the samples."""
     started = time.perf_counter()
-    stream = BatchStream(len(task.train), training.rows, seed=run.seed)
-    batches = [task.collate(task.train, stream[k]) for k in range(training.steps)]
-    base, heads = task.model(run.seed)
+    batches = task.batches(training, run.seed)
+    base, heads = task.model(run.seed, training)
     torch.manual_seed(run.seed)  # after the model, which draws its head where it is made for the first time
     made = learner(recipe(run, method, training), base.train(), heads, task.loss, batches)
     rates = [group["lr"] for group in made.optimizer.param_groups]
@@ -67,4 +65,5 @@ def train(run: Run, method: MethodSpec, training: Training, task: Prepared) -> d
         "seconds": seconds,
         "seconds_in_all": time.perf_counter() - started,
         "trainable": made.trainable,
+        "ranks": made.ranks(),
     }

@@ -28,7 +28,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--again", metavar="KEY", help="run one recorded run anew and show both results; writes nothing"
     )
     parser.add_argument("--render", action="store_true", help="run nothing: write the page anew from the records")
-    parser.add_argument("--threads", metavar="N", type=int, help="of the CPU (default: one for each core)")
+    parser.add_argument(
+        "--threads", metavar="N", type=int, help="of the CPU, shared by all jobs (default: one for each core)"
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=1,
+        help="runs at the same time, each in a process of its own (default: 1)",
+    )
     parser.set_defaults(run=run)
     return parser
 
@@ -44,9 +53,12 @@ def run(args: argparse.Namespace) -> int:
     from igulora.benchmarks.study.conduct import again, conduct
     from igulora.benchmarks.study.page import page
     from igulora.benchmarks.study.plan import read_study
+    from igulora.benchmarks.study.telling import Telling
 
     from .finetune import quieten_transformers
 
+    if args.jobs < 1:
+        raise ValueError(f"expected --jobs of at least 1, got {args.jobs}")
     study = read_study(args.file)
     output = args.output or args.file.with_suffix("")
     book = Book(output / "records.jsonl")
@@ -62,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"{part}: recorded {then[part]}, now {now[part]}", highlight=False, soft_wrap=True)
         return 0
     if not args.render:
-        conduct(study, book, lambda text: console.print(text, highlight=False, soft_wrap=True))
+        with Telling(console, study, book) as telling:
+            conduct(study, book, telling, args.jobs)
     output.mkdir(parents=True, exist_ok=True)
     (output / "README.md").write_text(page(study, book), encoding="utf-8")
     console.print(

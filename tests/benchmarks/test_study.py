@@ -61,7 +61,7 @@ class Pretended:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, better: dict[str, float]) -> None:
         self.better, self.runs, self.most = better, [], 10**6
         monkeypatch.setattr(conducting, "train", self)
-        monkeypatch.setattr(conducting, "Prepared", lambda spec: None)
+        monkeypatch.setattr(conducting, "_prepared", lambda task: None)
 
     def __call__(self, run: Run, *_: Any) -> dict[str, Any]:
         if len(self.runs) == self.most:
@@ -132,7 +132,8 @@ def test_rates_are_picked_on_validation_rows_and_seeds_follow(
     assert pretended.runs[:4] == [
         f"polarity/igu/4-2/{end}" for end in ("lr0.001/seed0", "lr0.004/seed0", "lr0.004/seed1", "lr0.004/seed2")
     ]
-    assert said[0] == "1/12 polarity/igu/4-2/lr0.001/seed0: validation accuracy 0.8970, about 1 min left"
+    assert [(progress.done, progress.count) for progress in said] == [(n + 1, 12) for n in range(12)]
+    assert said[0].run.key == pretended.runs[0]
     conduct(study, book, said.append)
     assert len(pretended.runs) == study.count
 
@@ -220,6 +221,7 @@ def test_a_whole_study(
 ) -> None:
     pytest.importorskip("peft")
     monkeypatch.setattr(tasks, "minilm_folder", lambda: encoder)
+    conducting._prepared.cache_clear()
     others = '[methods.random]\n[methods.igu-flex]\n[methods.ralora-pro]\n[methods.peft-adalora]\nlibrary = "peft"\n'
     file.write_text(FILE.replace("seeds = [0, 1, 2]", "seeds = [1]").replace("[1e-3, 4e-3]", "[2e-2]") + others)
     assert main(["study", str(file)]) == 0
@@ -234,5 +236,6 @@ def test_a_whole_study(
     assert (output / "README.md").read_text() == written
     for record in (records[0], records[1], records[-1]):  # in a process of their own the model is made anew for each
         tasks._base.cache_clear()
+        conducting._prepared.cache_clear()
         assert main(["study", str(file), "--again", record["key"]]) == 0
         assert f"test: recorded {record['test']}, now {record['test']}" in capsys.readouterr().out
