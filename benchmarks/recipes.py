@@ -28,6 +28,7 @@ class Recipe:
         schedule: total_steps, t_init, t_final and delta_t of methods whose ranks change.
         rate: learning rate. optimizer: further options of AdamW.
         options: of the method's own config; they win over what follows from the rest.
+        trace: whether our methods keep score series.
     """
 
     library: str
@@ -39,6 +40,7 @@ class Recipe:
     seed: int = 0
     optimizer: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    trace: bool = False
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Learner:
     Attributes:
         step: one optimizer step on a batch. optimizer: whose learning rate a schedule sets.
         trainable: parameters that train at the start. ranks: live triplets by matrix, now; of a method without Lambda its ranks.
+        controller: of our methods.
     """
 
     model: nn.Module
@@ -55,6 +58,7 @@ class Learner:
     step: Callable[[Any], None]
     trainable: int
     ranks: Callable[[], dict[str, int]]
+    controller: igulora.Controller | None = None
 
 
 def learner(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
@@ -84,7 +88,7 @@ def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batche
         options |= {"rank_pattern": found.ranks} if recipe.method == "ralora-pro" else {}
     igulora.adapt(model, igulora.IGUConfig(recipe.method, **options))
     optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=recipe.rate, **recipe.optimizer), fused=True)
-    controller = igulora.Controller(model, optimizer=optimizer)
+    controller = igulora.Controller(model, optimizer=optimizer, trace="all" if recipe.trace else ())
 
     def step(batch: Any) -> None:
         controller.backward(lambda b: loss(model, b), batch)
@@ -93,7 +97,9 @@ def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batche
         optimizer.zero_grad()
 
     bank = find_bank(model)
-    return Learner(model, optimizer, step, trainable_parameters(model, bank.ranks()), lambda: find_bank(model).ranks())
+    return Learner(
+        model, optimizer, step, trainable_parameters(model, bank.ranks()), lambda: find_bank(model).ranks(), controller
+    )
 
 
 def _peft(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:

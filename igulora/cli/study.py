@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from igulora.benchmarks.study.book import Book
     from igulora.benchmarks.study.conduct import again, conduct
     from igulora.benchmarks.study.page import page
+    from igulora.benchmarks.study.pictures import draw
     from igulora.benchmarks.study.plan import read_study
     from igulora.benchmarks.study.telling import Telling
 
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         with Telling(console, study, book) as telling:
             conduct(study, book, telling, args.jobs)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "README.md").write_text(page(study, book), encoding="utf-8")
+    (output / "README.md").write_text(page(study, book, draw(study, book, output)), encoding="utf-8")
     console.print(
         f"{len(book.records)} runs are in {book.path}, their tables in {output / 'README.md'}",
         highlight=False,

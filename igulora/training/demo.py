@@ -27,7 +27,7 @@ LABELS = {
     "tech": "tech",
 }
 SYSTEM_PROMPT = "You sort news articles."
-_QUESTION = "Classify this article into: {}.\n\n{}"
+QUESTION = "Classify this article into: {}.\n\n{}"
 
 
 def cache_folder() -> Path:
@@ -155,5 +155,5 @@ def bbc_examples(train: int, evaluation: int, seed: int) -> tuple[list[Example],
         if sum(shares) > len(texts):
             raise ValueError(f"expected at most {len(texts)} articles of the class {label}, got {sum(shares)}")
         for part, chosen in zip(parts, (order[shares[0] :][: shares[1]], order[: shares[0]]), strict=True):
-            part += [Example(_QUESTION.format(question, texts[i]), label) for i in chosen]
+            part += [Example(QUESTION.format(question, texts[i]), label) for i in chosen]
     return parts

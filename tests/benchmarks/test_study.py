@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 from igulora.benchmarks.study import conduct as conducting
-from igulora.benchmarks.study import intervals, tasks
+from igulora.benchmarks.study import intervals, models
 from igulora.benchmarks.study.book import Book
 from igulora.benchmarks.study.conduct import again, conduct, picked
-from igulora.benchmarks.study.intervals import Spread, paired
-from igulora.benchmarks.study.page import page
+from igulora.benchmarks.study.intervals import Spread, bootstrap
+from igulora.benchmarks.study.page import difference, page
 from igulora.benchmarks.study.plan import Budget, Run, Study, read_study
-from igulora.benchmarks.study.training import factor
+from igulora.benchmarks.study.training import factor, recipe
 from igulora.cli.main import main
 
 FILE = """
@@ -112,6 +115,29 @@ def test_a_file_and_its_runs(study: Study) -> None:
             r"expected library of \[methods.peft-lora\] to be one of igulora, peft",
         ),
         ("[methods.igu]", "[methods.igu", "expected a study in TOML"),
+        (
+            "[training]",
+            "pick_at = [8, 4]\n[training]",
+            r"expected pick_at in .* to be one of its budgets, got \[8, 4\]",
+        ),
+        ("[training]", 'judged_by = "tests"\n[training]', "expected judged_by in .* Did you mean 'test'"),
+        ("[training]", 'against = ["fix"]\n[training]', "expected against in .* Did you mean 'fixed'"),
+        ("[training]", 'maps = "fixed"\n[training]', "expected maps in .* to be a list of methods, got 'fixed'"),
+        (
+            "[methods.igu]",
+            '[methods.igu]\nrate_of = "fixd"',
+            r"expected rate_of of \[methods.igu\] .* Did you mean 'fixed'",
+        ),
+        (
+            "[methods.igu]",
+            '[methods.igu]\nrate_of = "igu"',
+            r"expected rate_of of \[methods.igu\] to name a method with",
+        ),
+        (
+            "[methods.igu]",
+            "[methods.igu]\ntraining = { row = 4 }",
+            r"entries of training of \[methods.igu\] .* Did you mean 'rows'",
+        ),
     ],
 )
 def test_files_that_do_not_fit(file: Path, old: str, new: str, words: str) -> None:
@@ -164,6 +190,53 @@ def test_records_of_other_settings_or_damaged_ones(
         Book(path)
 
 
+def test_rates_are_picked_at_one_budget(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    asked = "budgets = [[2, 1], [4, 2]]\npick_at = [4, 2]"
+    file.write_text(
+        FILE.replace("budgets = [[4, 2]]", asked).replace('method = "lora"', 'method = "lora"\nrate_of = "igu"')
+    )
+    study, book = read_study(file), Book(tmp_path / "records.jsonl")
+    conduct(study, book, lambda _: None)
+    assert len(pretended.runs) == len(set(pretended.runs)) == study.count
+    assert [key for key in pretended.runs if "/lr0.001/" in key] == [
+        f"polarity/{name}/4-2/lr0.001/seed0" for name in ("igu", "peft-lora")
+    ]
+    assert [key for key in pretended.runs if "/fixed/" in key] == [
+        f"polarity/fixed/{budget}/lr0.004/seed{seed}" for budget in ("4-2", "2-1") for seed in range(3)
+    ]
+
+
+def test_several_runs_at_a_time(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended, said = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6}), []
+    monkeypatch.setattr(conducting, "_workers", lambda jobs, threads: ThreadPoolExecutor(jobs))
+    path = tmp_path / "records.jsonl"
+    conduct(study, Book(path), said.append, jobs=3)
+    assert len(pretended.runs) == len(set(pretended.runs)) == study.count == len(said)
+    assert {record["jobs"] for record in Book(path).records.values()} == {3}
+    assert "Runs at a time: 3." in page(study, Book(path))
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own() -> None:
+    with conducting._workers(2, 1) as executor:
+        assert executor.submit(torch.get_num_threads).result() == 1
+        assert executor.submit(os.getpid).result() != os.getpid()
+
+
+def test_what_methods_differ_in(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = '[methods.igu-slow]\nmethod = "igu"\noptimizer = { lambda_lr_ratio = 3 }\ntraining = { rows = 8 }\n'
+    file.write_text(FILE + others)
+    study = read_study(file)
+    assert (study.training_of("igu-slow").rows, study.training_of("igu").rows) == (8, 4)
+    run = study.searches("polarity", "igu-slow", Budget(4, 2))[0]
+    assert recipe(run, study.methods["igu-slow"], study.training).optimizer["lambda_lr_ratio"] == 3
+    Pretended(monkeypatch, {"igu": 0.9, "igu-slow": 0.8, "fixed": 0.5, "peft-lora": 0.6})
+    book = Book(tmp_path / "records.jsonl")
+    conduct(study, book, lambda _: None)
+    assert book.records[run.key]["settings"]["training"]["rows"] == 8
+
+
 def test_a_row_is_run_again(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretended = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
     book = Book(tmp_path / "records.jsonl")
@@ -188,23 +261,37 @@ def test_the_page_claims_what_is_clear(study: Study, tmp_path: Path, monkeypatch
     monkeypatch.setattr(intervals, "MIN_PAIRS", 3)
     text = page(study, book)
     assert "9 of 9 runs" in text
-    assert "| `igu` | 0.810 (0.805 to 0.815) | 3 | 0.004 | 10 | 100 |" in text
-    assert "- `igu` is better than `fixed`: +0.400 over 3 pairs." in text
+    assert "| `igu` | 0.810 (0.805 to 0.815) | 3 | 0.004 | 10 | 3 |" in text
+    assert "- `igu` is better than `fixed`: +0.400 over 3 pairs of task and seed." in text
+    assert "Of 3 comparisons" in text
     assert "`fixed` is better" not in text
     assert "`peft-lora` is better" not in text
 
 
 def test_intervals() -> None:
-    clear = paired([1.1, 1.2, 1.3, 1.25, 1.4], [1.0, 1.1, 1.15, 1.2, 1.3])
+    clear = bootstrap([0.1, 0.1, 0.15, 0.05, 0.1])
     assert clear.clear
     assert clear.mean == pytest.approx(0.1)
     assert clear.low < clear.mean < clear.high
-    assert not paired([1.0, 0.0, 1.0, 0.0, 0.6], [0.5, 0.4, 0.6, 0.5, 0.5]).clear
-    assert not paired([2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0]).clear
-    assert paired([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 0.0, 2)
+    assert not bootstrap([0.5, -0.4, 0.4, -0.5, 0.1]).clear
+    assert not bootstrap([1.0] * 4).clear  # too few
+    assert bootstrap([0.0, 0.0]) == (0.0, 0.0, 0.0, 2)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
-    with pytest.raises(ValueError, match="expected as many values of both, at least one, got 2 and 1"):
-        paired([1.0, 2.0], [1.0])
+
+
+def test_differences_of_one_task_and_seed_are_one_pair(study: Study) -> None:
+    def runs(gain: float) -> dict[tuple[str, Budget, int], Any]:
+        return {
+            ("polarity", budget, seed): {"metric": "accuracy", "test": {"accuracy": 0.5 + gain * (1 + seed) * budget.target}}
+            for budget in (Budget(4, 2), Budget(8, 4)) for seed in (0, 1)
+        }  # fmt: skip
+
+    gap = difference(study, runs(0.02), runs(0.01))
+    assert gap is not None
+    assert gap.pairs == 2
+    assert gap.mean == pytest.approx(0.045)  # of 0.02, 0.04 and 0.04, 0.08
+    assert (gap.low, gap.high) == pytest.approx((0.03, 0.06))
+    assert difference(study, runs(0.02), {}) is None
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -220,10 +307,12 @@ def test_a_whole_study(
     file: Path, archive: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("peft")
-    monkeypatch.setattr(tasks, "minilm_folder", lambda: encoder)
+    monkeypatch.setattr(models, "minilm_folder", lambda: encoder)
     conducting._prepared.cache_clear()
+    asked = FILE.replace("seeds = [0, 1, 2]", 'seeds = [1]\nmaps = ["igu", "random"]\nagainst = ["fixed"]')
+    asked = asked.replace("[1e-3, 4e-3]", "[2e-2]").replace("window = 2", "window = 2\nwatch = 2\nremove = 6")
     others = '[methods.random]\n[methods.igu-flex]\n[methods.ralora-pro]\n[methods.peft-adalora]\nlibrary = "peft"\n'
-    file.write_text(FILE.replace("seeds = [0, 1, 2]", "seeds = [1]").replace("[1e-3, 4e-3]", "[2e-2]") + others)
+    file.write_text(asked + others)
     assert main(["study", str(file)]) == 0
     assert "7/7 polarity/peft-adalora/4-2/lr0.02/seed1: validation accuracy" in capsys.readouterr().out
     output = file.with_suffix("")
@@ -232,10 +321,19 @@ def test_a_whole_study(
     assert all(0.0 <= record["test"]["accuracy"] <= 1.0 for record in records)
     assert {"date", "machine", "versions", "threads"} <= records[0].keys()
     written = (output / "README.md").read_text()
+    igu, peft_lora = records[0], records[2]
+    assert set(igu["removed"]) == {"", *igu["ranks"]}
+    assert len(igu["series"]) == 2
+    assert "removed" not in peft_lora
+    assert set(peft_lora["ranks"].values()) == {2}
+    assert "## Matrices removed one at a time" in written
+    for name in ("differences", "ranks-polarity", "series"):
+        assert f"![{name}]({name}.png)" in written
+        assert (output / f"{name}.png").stat().st_size > 0
     assert main(["study", str(file), "--render"]) == 0
     assert (output / "README.md").read_text() == written
     for record in (records[0], records[1], records[-1]):  # in a process of their own the model is made anew for each
-        tasks._base.cache_clear()
+        models._encoder.cache_clear()
         conducting._prepared.cache_clear()
         assert main(["study", str(file), "--again", record["key"]]) == 0
         assert f"test: recorded {record['test']}, now {record['test']}" in capsys.readouterr().out
