@@ -69,12 +69,45 @@ def learner(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batc
     return (_peft if recipe.library == "peft" else _ours)(recipe, model, heads, loss, batches)
 
 
+def our_config(recipe: Recipe, heads: list[str], **measured: Any) -> igulora.IGUConfig:
+    """The config of one of our methods.
+
+    Raises:
+        ValueError, TypeError: an option is unknown or does not fit.
+    """
+    schedule = {} if recipe.method in FIXED else recipe.schedule
+    options = {
+        "r": recipe.r,
+        "target_rank": recipe.target,
+        "modules_to_save": heads,
+        "seed": recipe.seed,
+        **schedule,
+        **recipe.options,
+    }
+    return igulora.IGUConfig.from_dict({"method": recipe.method, **options, **measured})
+
+
+def peft_config(recipe: Recipe, heads: list[str]) -> Any:
+    """The config of one of PEFT's methods.
+
+    Raises:
+        TypeError: an option is unknown. ValueError: one does not fit.
+    """
+    import peft
+
+    shared = {"target_modules": "all-linear", "modules_to_save": heads, "exclude_modules": heads, **recipe.options}
+    if recipe.method != "adalora":
+        return peft.LoraConfig(r=recipe.target, lora_alpha=recipe.target, use_dora=recipe.method == "dora", **shared)
+    times = recipe.schedule
+    return peft.AdaLoraConfig(
+        init_r=recipe.r, target_r=recipe.target, lora_alpha=recipe.r, total_step=times["total_steps"], tinit=times["t_init"],
+        tfinal=times["t_final"], deltaT=times["delta_t"], **shared,
+    )  # fmt: skip
+
+
 def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
-    options: dict[str, Any] = {
-        "r": recipe.r, "target_rank": recipe.target, "modules_to_save": heads, "seed": recipe.seed,
-        **({} if recipe.method in FIXED else recipe.schedule), **recipe.options,
-    }  # fmt: skip
-    if recipe.method in ("ralora", "ralora-pro") and not {"blocks", "block_pattern"} & options.keys():
+    measured: dict[str, Any] = {}
+    if recipe.method in ("ralora", "ralora-pro") and not {"blocks", "block_pattern"} & recipe.options.keys():
         found = igulora.align(
             model,
             batches[:_ALIGN_BATCHES],
@@ -84,9 +117,10 @@ def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batche
             exclude_modules=heads,
             seed=recipe.seed,
         )
-        options["block_pattern"] = found.blocks
-        options |= {"rank_pattern": found.ranks} if recipe.method == "ralora-pro" else {}
-    igulora.adapt(model, igulora.IGUConfig(recipe.method, **options))
+        measured = {"block_pattern": found.blocks} | (
+            {"rank_pattern": found.ranks} if recipe.method == "ralora-pro" else {}
+        )
+    igulora.adapt(model, our_config(recipe, heads, **measured))
     optimizer = torch.optim.AdamW(igulora.param_groups(model, lr=recipe.rate, **recipe.optimizer), fused=True)
     controller = igulora.Controller(model, optimizer=optimizer, trace="all" if recipe.trace else ())
 
@@ -105,17 +139,7 @@ def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batche
 def _peft(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
     import peft
 
-    shared = {"target_modules": "all-linear", "modules_to_save": heads, "exclude_modules": heads, **recipe.options}
-    adaptive = recipe.method == "adalora"
-    if adaptive:
-        times = recipe.schedule
-        config: Any = peft.AdaLoraConfig(
-            init_r=recipe.r, target_r=recipe.target, lora_alpha=recipe.r, total_step=times["total_steps"], tinit=times["t_init"],
-            tfinal=times["t_final"], deltaT=times["delta_t"], **shared,
-        )  # fmt: skip
-    else:
-        dora = recipe.method == "dora"
-        config = peft.LoraConfig(r=recipe.target, lora_alpha=recipe.target, use_dora=dora, **shared)
+    adaptive, config = recipe.method == "adalora", peft_config(recipe, heads)
     wrapped = peft.get_peft_model(model, config)
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.rate, fused=True, **recipe.optimizer)

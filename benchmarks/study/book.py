@@ -15,11 +15,10 @@ Record = dict[str, Any]
 
 def settings(study: Study, run: Run) -> dict[str, Any]:
     """All that a run's result depends on, JSON-able: kept in its line, and compared when a study goes on."""
+    method = dataclasses.asdict(study.methods[run.method])
     return {
         "task": dataclasses.asdict(study.tasks[run.task]),
-        "method": {
-            name: value for name, value in dataclasses.asdict(study.methods[run.method]).items() if name != "rate_of"
-        },
+        "method": {name: value for name, value in method.items() if name not in ("rate_of", "budgets")},
         "training": dataclasses.asdict(study.training_of(run.method)),
         "budget": list(run.budget),
         "learning_rate": run.learning_rate,

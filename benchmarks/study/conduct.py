@@ -18,7 +18,7 @@ from ..machine import circumstances
 from .book import Book, Record
 from .plan import Budget, Run, Study
 from .tasks import Prepared
-from .training import train
+from .training import check, train
 
 
 class Progress(NamedTuple):
@@ -61,8 +61,10 @@ def conduct(study: Study, book: Book, say: Say, jobs: int = 1) -> None:
         jobs: runs at the same time, each in a process of its own with its share of this process's threads; 1 runs them in this process.
 
     Raises:
-        ValueError: the book holds a run with other settings.
+        ValueError: a method's options do not fit, or the book holds a run with other settings.
+        ImportError: a method's library is not installed.
     """
+    check(study)
     where = {**circumstances(), "threads": max(torch.get_num_threads() // jobs, 1), "jobs": jobs}
     underway: dict[Future[Record], Run] = {}
     with _workers(jobs, where["threads"]) as executor:

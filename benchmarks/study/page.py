@@ -21,7 +21,7 @@ def results(study: Study, book: Book, method: str) -> dict[Pair, Record]:
     """The finished runs of a method with the learning rate that was picked, by task, budget and seed."""
     found: dict[Pair, Record] = {}
     for task in study.tasks:
-        for budget in study.budgets:
+        for budget in study.budgets_of(method):
             search = book.find(study, study.searches(task, method, budget)[0])
             rate = None if search is None else picked(study, book, search["metric"], task, method, budget)
             for run in () if rate is None else study.repeats(task, method, budget, rate):
@@ -131,8 +131,21 @@ def comparisons(study: Study, found: Found) -> dict[tuple[str, str], Difference]
 
 def _differences(study: Study, found: Found) -> list[str]:
     gaps = comparisons(study, found)
-    if not gaps:
-        return []
+    return ["## Who is better", "", *_compared(gaps)] if gaps else []
+
+
+def summary(study: Study, book: Book, link: str) -> str:
+    """The comparison alone, for another document, with a ``link`` to the page."""
+    found = found_by_method(study, book)
+    gaps = comparisons(study, found)
+    every = [record for records in found.values() for record in records.values()]
+    metrics = dict.fromkeys(f"{record['metric']} of {record['settings']['task']['data']}" for record in every)
+    budgets = " and ".join(f"{budget.r} to {budget.target}" for budget in study.budgets)
+    what = f"{', '.join(metrics)}, r {budgets}, {len(study.seeds)} seeds, {study.judged_by} rows; {link}."
+    return "\n".join([what, "", *(_compared(gaps) if gaps else ["Nothing has been compared yet."])]).rstrip() + "\n"
+
+
+def _compared(gaps: dict[tuple[str, str], Difference]) -> list[str]:
     columns = list(dict.fromkeys(other for _, other in gaps))
     rows = [
         [f"`{one}`", *(_shown(gaps[one, other]) if (one, other) in gaps else "" for other in columns)]
@@ -140,13 +153,11 @@ def _differences(study: Study, found: Found) -> list[str]:
     ]
     looked_at = len({frozenset(pair) for pair in gaps})
     return [
-        "## Who is better",
-        "",
         f"Mean of paired differences over all tasks and budgets (row minus column) and the interval of {LEVEL:.0%} of {RESAMPLES:,} "
         "bootstrap resamples of tasks and seeds; bold where it leaves out zero. "
         f"Of {looked_at} comparisons of equals about {looked_at * (1 - LEVEL):.0f} would be bold by chance.",
         "",
-        table(["", *(f"`{name}`" for name in columns)], rows),
+        table(["", *(f"minus `{name}`" for name in columns)], rows),
         *(_sentences(gaps) or ["No difference is clear."]),
     ]
 

@@ -43,6 +43,8 @@ def _differences(study: Study, found: Found, folder: Path) -> Path | None:
         axis.set_ylim(len(names) - 0.5, -0.5)
         axis.set_title(f"minus {other}", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.locator_params(axis="x", nbins=5)
     return saved(figure, folder / "differences.png")
 
 

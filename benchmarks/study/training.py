@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
 import torch
 
 import igulora
+from igulora.errors import check_choice
 
-from ..recipes import FIXED, Recipe, learner
+from ..recipes import FIXED, Recipe, learner, our_config, peft_config
 from .extras import removal, watched
-from .plan import MethodSpec, Run, Training
+from .plan import MethodSpec, Run, Study, Training
 from .tasks import Prepared
 
 
@@ -38,6 +40,28 @@ def recipe(run: Run, method: MethodSpec, training: Training) -> Recipe:
         options=options,
         trace=training.watch > 0,
     )
+
+
+def check(study: Study) -> None:
+    """Whether all methods of a study can be configured, before any of them runs.
+
+    Raises:
+        ValueError: an option is unknown or does not fit (names the method).
+        ImportError: a method's library is not installed.
+    """
+    for name, method in study.methods.items():
+        known = inspect.signature(igulora.param_groups if method.library == "igulora" else torch.optim.AdamW).parameters
+        for option in method.optimizer:
+            check_choice(f"optimizer of [methods.{name}]", option, known)
+        for budget in study.budgets_of(name):
+            run = Run("", name, budget, study.learning_rates[0], study.seeds[0])
+            try:
+                made = recipe(run, method, study.training_of(name))
+                our_config(made, []) if method.library == "igulora" else peft_config(made, [])
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"expected options of [methods.{name}] that fit r {budget.r} to {budget.target}: {error}"
+                ) from error
 
 
 def factor(step: int, steps: int, warmup: float) -> float:

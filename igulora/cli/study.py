@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from igulora.benchmarks.study.conduct import again, conduct
     from igulora.benchmarks.study.page import page
     from igulora.benchmarks.study.pictures import draw
-    from igulora.benchmarks.study.plan import read_study
+    from igulora.benchmarks.study.reading import read_study
     from igulora.benchmarks.study.telling import Telling
 
     from .finetune import quieten_transformers

@@ -19,7 +19,8 @@ from igulora.benchmarks.study.book import Book
 from igulora.benchmarks.study.conduct import again, conduct, picked
 from igulora.benchmarks.study.intervals import Spread, bootstrap
 from igulora.benchmarks.study.page import difference, page
-from igulora.benchmarks.study.plan import Budget, Run, Study, read_study
+from igulora.benchmarks.study.plan import Budget, Run, Study
+from igulora.benchmarks.study.reading import read_study
 from igulora.benchmarks.study.training import factor, recipe
 from igulora.cli.main import main
 
@@ -207,6 +208,18 @@ def test_rates_are_picked_at_one_budget(file: Path, tmp_path: Path, monkeypatch:
     ]
 
 
+def test_methods_that_do_not_run_at_every_budget(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    file.write_text(
+        FILE.replace("[[4, 2]]", "[[2, 1], [4, 2]]").replace("[methods.igu]", "[methods.igu]\nbudgets = [[4, 2]]")
+    )
+    study, book = read_study(file), Book(tmp_path / "records.jsonl")
+    conduct(study, book, lambda _: None)
+    assert len(pretended.runs) == study.count == 5 * 4
+    assert {key.split("/")[2] for key in pretended.runs if "/igu/" in key} == {"4-2"}
+    assert page(study, book).count("| `igu` |") == 1 + 1  # one table of values, one of differences
+
+
 def test_several_runs_at_a_time(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretended, said = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6}), []
     monkeypatch.setattr(conducting, "_workers", lambda jobs, threads: ThreadPoolExecutor(jobs))
@@ -235,6 +248,35 @@ def test_what_methods_differ_in(file: Path, tmp_path: Path, monkeypatch: pytest.
     book = Book(tmp_path / "records.jsonl")
     conduct(study, book, lambda _: None)
     assert book.records[run.key]["settings"]["training"]["rows"] == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("igu]\nprune = 'hart'", r"expected options of \[methods.igu\] that fit r 4 to 2: .* Did you mean 'hard'"),
+        (
+            "igu]\nprone = 'hard'",
+            r"expected options of \[methods.igu\] that fit r 4 to 2: .*'prone'. Did you mean 'prune'",
+        ),
+        (
+            "igu]\noptimizer = { lambda_ratio = 1 }",
+            r"expected optimizer of \[methods.igu\] .* Did you mean 'lambda_lr_ratio'",
+        ),
+        (
+            "peft-adalora]\nlibrary = 'peft'\nuse_roda = true",
+            r"expected options of \[methods.peft-adalora\] that fit .*use_roda",
+        ),
+    ],
+)
+def test_options_are_checked_before_anything_runs(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, words: str
+) -> None:
+    pytest.importorskip("peft")
+    pretended = Pretended(monkeypatch, {})
+    file.write_text(FILE[: FILE.index("[methods.igu]")] + "[methods.random]\n[methods." + method + "\n")
+    with pytest.raises(ValueError, match=words):
+        conduct(read_study(file), Book(tmp_path / "records.jsonl"), lambda _: None)
+    assert pretended.runs == []
 
 
 def test_a_row_is_run_again(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
