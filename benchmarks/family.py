@@ -83,6 +83,7 @@ def run(task_name: str, plan: Plan, methods: list[str], say: Callable[[str], Non
     learners = {
         name: learner(recipe(name, plan), copy.deepcopy(base).train(), heads, task.loss, batches) for name in methods
     }
+    trainable = {name: made.trained() for name, made in learners.items()}
     times: Times = {name: [] for name in methods}
     for start in range(0, plan.steps, plan.window):
         for name in methods if start // plan.window % 2 else reversed(methods):
@@ -105,7 +106,7 @@ def run(task_name: str, plan: Plan, methods: list[str], say: Callable[[str], Non
             for name, series in settled.items()
             if name != "igu"
         },
-        "trainable": {name: made.trainable for name, made in learners.items()},
+        "trainable": trainable,
     }
 
 

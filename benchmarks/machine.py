@@ -60,6 +60,17 @@ def versions() -> dict[str, str]:
     for name in ("igulora", "torch", "triton", "transformers", "peft", "numpy"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=10"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found | {"commit": git.stdout.strip() or "unknown"}
+    return found | {"commit": _commit() or "unknown"}
+
+
+def _commit() -> str:
+    """The commit, with "-dirty" where files that Git knows were changed since; committed results are what a run adds to."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", "-C", str(RESULTS.parents[1]), *arguments], capture_output=True, text=True, check=False
+        )
+
+    commit = git("describe", "--always", "--abbrev=10", "--exclude=*").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results").returncode
+    return f"{commit}-dirty" if commit and changed else commit

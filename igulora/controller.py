@@ -325,7 +325,7 @@ class Controller:
         Args:
             scale: factor that the whole step's gradient carries (a loss scaler's, a number or a () tensor), 1 without one.
         """
-        if self._regularised or not self.config.orthogonality or not self.config.adaptive:
+        if self._regularised or not self.config.orthogonality:
             return
         self.penalty = add_orthogonality(self.bank, self.config, scale)
         self._regularised = True
@@ -410,7 +410,7 @@ class Controller:
                 f"expected ctl.backward(loss_fn, batch) for estimator={config.estimator!r}, got a backward of your own: no path sample "
                 'was taken. Use ctl.backward, or estimator="instantaneous"'
             )
-        if config.adaptive and config.orthogonality and not self._regularised:
+        if config.orthogonality and not self._regularised:
             raise ValueError(
                 "expected ctl.regularise() between your own loss.backward() and optimizer.step(), got none: the orthogonality penalty was "
                 "never applied. Use ctl.backward, call ctl.regularise(), or set orthogonality=0"

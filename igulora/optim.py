@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .bank import find_bank, find_config
+from .config import IGUConfig
 from .unwrap import unwrap
 
 # Per Adam step each lambda moves by about its learning rate while a whole row of P moves by sqrt(out) times it: a ratio of the order of
@@ -16,7 +17,11 @@ DEFAULT_LAMBDA_LR_RATIO = 30.0
 
 
 def param_groups(
-    model: nn.Module, lr: float, lambda_lr_ratio: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float,
+    lambda_lr_ratio: float | None = None,
+    weight_decay: float = 0.0,
+    p_lr_ratio: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Optimizer parameter groups of an adapted model.
 
@@ -25,23 +30,37 @@ def param_groups(
         lr: learning rate of P, Q and of the modules to save.
         lambda_lr_ratio: lambda's learning rate over ``lr``; by default 30 for orthonormal directions and 1 for PEFT's Gaussian start.
         weight_decay: of P, Q and the modules to save; lambda has none, the budget is what shrinks it.
+        p_lr_ratio: P's learning rate over ``lr``, which is Q's (LoRA+ takes 16 where P starts at zero).
 
     Returns:
-        Groups named "vectors", "lambda" and, where there are any, "saved", each with its ``lr`` and ``weight_decay``.
+        Groups named "vectors" (P and Q; with a ``p_lr_ratio`` other than 1 "P" and "Q"), "lambda" and, where there are any, "saved", each
+        with its ``lr`` and ``weight_decay``.
 
     Raises:
-        ValueError: the model is not adapted, ``lr`` is not positive, or ``lambda_lr_ratio`` negative.
+        ValueError: the model is not adapted, ``lr`` or ``p_lr_ratio`` is not positive, or ``lambda_lr_ratio`` negative.
     """
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or lr <= 0:
         raise ValueError(f"expected a learning rate lr > 0, got {lr!r}")
+    if isinstance(p_lr_ratio, bool) or not isinstance(p_lr_ratio, (int, float)) or p_lr_ratio <= 0:
+        raise ValueError(f"expected p_lr_ratio > 0, got {p_lr_ratio!r}")
     model = unwrap(model)
     bank = find_bank(model)
     lambda_lr_ratio = _ratio(model, lambda_lr_ratio)
-    vectors = [p for layer in bank.layers for p in (layer.lora_P, layer.lora_Q) if p.requires_grad]
+    vectors = [
+        {
+            "name": "P",
+            "params": [layer.lora_P for layer in bank.layers if layer.lora_P.requires_grad],
+            "lr": lr * p_lr_ratio,
+        },
+        {"name": "Q", "params": [layer.lora_Q for layer in bank.layers if layer.lora_Q.requires_grad], "lr": lr},
+    ]
+    if p_lr_ratio == 1.0:
+        both = [p for layer in bank.layers for p in (layer.lora_P, layer.lora_Q) if p.requires_grad]
+        vectors = [{"name": "vectors", "params": both, "lr": lr}]
     lambdas = [layer.lora_E for layer in bank.layers if layer.lora_E.requires_grad]
     saved = bank.others(model)
     groups = [
-        {"name": "vectors", "params": vectors, "lr": lr, "weight_decay": weight_decay},
+        *({**group, "weight_decay": weight_decay} for group in vectors),
         {"name": "lambda", "params": lambdas, "lr": lr * lambda_lr_ratio, "weight_decay": 0.0},
         {"name": "saved", "params": saved, "lr": lr, "weight_decay": weight_decay},
     ]
@@ -87,4 +106,9 @@ def _ratio(model: nn.Module, lambda_lr_ratio: float | None) -> float:
         raise ValueError(f"expected lambda_lr_ratio >= 0, got {lambda_lr_ratio}")
     if lambda_lr_ratio is not None:
         return lambda_lr_ratio
-    return 1.0 if find_config(model).init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO
+    return default_lambda_lr_ratio(find_config(model))
+
+
+def default_lambda_lr_ratio(config: IGUConfig) -> float:
+    """Lambda's learning rate over that of P and Q where none is given: 1 for PEFT's Gaussian start, else 30."""
+    return 1.0 if config.init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO

@@ -5,21 +5,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from .plan import Run, Study, Training
+from ..recipes import resolved
+from .configuring import recipe
+from .plan import Run, Study
+
+try:
+    import fcntl
+except ImportError:  # not a Unix: two studies at work on one file are not noticed
+    fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
 
 
 def settings(study: Study, run: Run) -> dict[str, Any]:
     """All that a run's result depends on, JSON-able: kept in its line, and compared when a study goes on."""
-    method = dataclasses.asdict(study.methods[run.method])
+    method, training = study.methods[run.method], study.training_of(run.method)
     return {
         "task": dataclasses.asdict(study.tasks[run.task]),
-        "method": {name: value for name, value in method.items() if name not in ("rate_of", "budgets")},
-        "training": dataclasses.asdict(study.training_of(run.method)),
+        "method": {"name": method.name, "library": method.library, "method": method.method},
+        "config": resolved(recipe(run, method, training)),
+        "training": dataclasses.asdict(training),
         "budget": list(run.budget),
         "learning_rate": run.learning_rate,
         "seed": run.seed,
@@ -27,22 +37,25 @@ def settings(study: Study, run: Run) -> dict[str, Any]:
 
 
 class Book:
-    """The lines of one file.
+    """The lines of one file. Reading changes nothing; :meth:`writing` is for one process at a time.
 
     Raises:
-        ValueError: a line is damaged (but for a last one that was cut off, which is dropped).
+        ValueError: a line is damaged (but for a last one that was cut off, which does not count).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
+        self._known: set[str] = set()  # keys whose settings were compared
+        self._file: BinaryIO | None = None
         if path.exists():
-            self._read()
+            self._read(path.read_bytes())
 
-    def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        whole, _, cut = text.rpartition("\n")
-        for number, line in enumerate(whole.splitlines(), 1):
+    def _read(self, content: bytes) -> int:
+        """Take what lines there are; the length of those that are whole."""
+        self.records.clear()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
             try:
                 record = json.loads(line)
                 self.records[record["key"]] = record
@@ -50,8 +63,31 @@ class Book:
                 raise ValueError(
                     f"expected a JSON object with a key in line {number} of {self.path}, got {line!r:.100}; take it out to run it again"
                 ) from error
-        if cut:
-            self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        return len(whole)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside the block :meth:`add` appends; a last line that was cut off is gone.
+
+        Raises:
+            ValueError: another process writes to the file.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b", buffering=0) as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise ValueError(
+                        f"expected no other study at work on {self.path}, one is; wait for it, or give this one another --output"
+                    ) from error
+            file.seek(0)
+            file.truncate(self._read(file.read()))
+            self._file = file
+            try:
+                yield
+            finally:
+                self._file = None
 
     def find(self, study: Study, run: Run) -> Record | None:
         """The record of a run, if it is done.
@@ -60,27 +96,30 @@ class Book:
             ValueError: it was done with other settings.
         """
         record = self.records.get(run.key)
-        if record is None:
-            return None
+        if record is None or run.key in self._known:
+            return record
         wanted = json.loads(json.dumps(settings(study, run)))
-        record["settings"]["training"] = (
-            dataclasses.asdict(Training()) | record["settings"]["training"]
-        )  # fields that came later
-        if record["settings"] != wanted:
-            different = [name for name in wanted if record["settings"].get(name) != wanted[name]]
+        different = [name for name, value in record["settings"].items() if not _same(value, wanted.get(name))]
+        if different:
             raise ValueError(
                 f"expected {run.key} in {self.path} with the study's settings, got others for {', '.join(different)}; give the study "
                 "another --output, or take its lines out"
             )
+        self._known.add(run.key)
         return record
 
     def add(self, study: Study, run: Run, found: dict[str, Any]) -> Record:
-        """Append the result of a run; it is on the disk when this returns."""
+        """Append the result of a run, inside :meth:`writing`; it is on the disk when this returns."""
+        assert self._file is not None
         record = {"key": run.key, "settings": settings(study, run), **found}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.write((json.dumps(record) + "\n").encode())
+        os.fsync(self._file.fileno())
         self.records[run.key] = record
         return record
+
+
+def _same(recorded: Any, wanted: Any) -> bool:
+    """Whether all that was recorded is wanted; what was not had not been thought of then, and had no effect."""
+    if isinstance(recorded, dict) and isinstance(wanted, dict):
+        return all(_same(value, wanted.get(name)) for name, value in recorded.items())
+    return bool(recorded == wanted)

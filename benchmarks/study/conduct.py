@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
-from igulora.errors import nearest
+from igulora.errors import first_line, nearest
 
 from .. import allocator
 from ..machine import circumstances
 from .book import Book, Record
+from .configuring import check
 from .plan import Budget, Run, Study
 from .tasks import Prepared
-from .training import check, train
+from .training import train
 
 
 class Progress(NamedTuple):
@@ -61,27 +64,52 @@ def conduct(study: Study, book: Book, say: Say, jobs: int = 1) -> None:
         jobs: runs at the same time, each in a process of its own with its share of this process's threads; 1 runs them in this process.
 
     Raises:
-        ValueError: a method's options do not fit, or the book holds a run with other settings.
+        ValueError: a method's options do not fit, the book holds a run with other settings, another process writes to it, or a run failed.
         ImportError: a method's library is not installed.
     """
     check(study)
     where = {**circumstances(), "threads": max(torch.get_num_threads() // jobs, 1), "jobs": jobs}
-    underway: dict[Future[Record], Run] = {}
-    with _workers(jobs, where["threads"]) as executor:
+    if jobs > 1:
+        for spec in study.tasks.values():  # what data lack is said here, before there are processes
+            Prepared(spec)
+    with book.writing(), _workers(jobs, where["threads"]) as executor:
+        underway: dict[Future[Record], Run] = {}
+
+        def keep(future: Future[Record]) -> None:
+            run = underway.pop(future)
+            record = book.add(study, run, {**_result(future, run), **where})
+            say(Progress(run, record, done(study, book), study.count))
+
         try:
             while True:
                 for run in _missing(study, book, set(underway.values()), jobs - len(underway)):
-                    work = (run, study.methods[run.method], study.training_of(run.method), study.tasks[run.task])
-                    underway[executor.submit(_train, *work)] = run
+                    underway[executor.submit(_train, *_work(study, run))] = run
                 if not underway:
                     return
                 for future in wait(underway, return_when=FIRST_COMPLETED).done:
-                    run = underway.pop(future)
-                    record = book.add(study, run, {**future.result(), **where})
-                    say(Progress(run, record, done(study, book), study.count))
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
+                    keep(future)
+        except (
+            BaseException
+        ):  # Ctrl-C, or a run that failed: what is under way beside it is finished and kept; a second Ctrl-C leaves it
+            for future in wait(underway).done:
+                if future.exception() is None:
+                    keep(future)
             raise
+
+
+def _result(future: Future[Record], run: Run) -> Record:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"expected {run.key}, or what ran beside it, to end, but its process was stopped: out of memory? Lower --jobs"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"expected {run.key} to train, got {type(error).__name__}: {first_line(error)}") from error
+
+
+def _work(study: Study, run: Run) -> tuple[Run, Any, Any, Any]:
+    return run, study.methods[run.method], study.training_of(run.method), study.tasks[run.task]
 
 
 def done(study: Study, book: Book) -> int:
@@ -90,20 +118,24 @@ def done(study: Study, book: Book) -> int:
 
 
 def again(study: Study, book: Book, key: str) -> tuple[Record, Record]:
-    """A recorded run and what it gives now, on this machine and with this code.
+    """A recorded run and what it gives now, on this machine and with this code, with as many threads.
 
     Raises:
         ValueError: the book has no such run, or the study no longer has it.
     """
+    if key not in book.records:
+        raise ValueError(f"expected the key of a recorded run, got {key!r}.{nearest(key, book.records)}")
     runs = {
         run.key: run for group in study.groups() for rate in study.learning_rates for run in study.repeats(*group, rate)
     }
-    if key not in book.records or key not in runs:
-        raise ValueError(f"expected the key of a recorded run, got {key!r}.{nearest(key, book.records)}")
-    run = runs[key]
-    record = book.find(study, run)
+    if key not in runs:
+        raise ValueError(
+            f"expected a run that the study's file still asks for, got {key!r}; put its method, budget, rate and seed back"
+        )
+    record = book.find(study, runs[key])
     assert record is not None
-    return record, _train(run, study.methods[run.method], study.training_of(run.method), study.tasks[run.task])
+    torch.set_num_threads(record["threads"])
+    return record, _train(*_work(study, runs[key]))
 
 
 def _missing(study: Study, book: Book, underway: set[Run], most: int) -> list[Run]:
@@ -132,7 +164,10 @@ class _Here(Executor):
 
     def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(function(*args, **kwargs))
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
 
@@ -145,6 +180,7 @@ def _workers(jobs: int, threads: int) -> AbstractContextManager[Executor]:
 def _begin(threads: int) -> None:
     from igulora.cli.finetune import quieten_transformers
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the first one decides
     torch.set_num_threads(threads)
     allocator.keep_freed_memory()
     quieten_transformers()

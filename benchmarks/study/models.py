@@ -45,7 +45,7 @@ class ChatModel:
 
     def task(self, spec: TaskSpec) -> Task:
         """How its rows are encoded and judged."""
-        model, tokenizer = _chat_model("float32")
+        model, tokenizer = _chat_model("bfloat16")
         return (CausalLM if self._choices else ExactAnswers)(
             tokenizer, model, spec.length, self._system_prompt, self._choices
         )

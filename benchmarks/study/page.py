@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from ..pages import place, table
 from .book import Book, Record
 from .conduct import picked
-from .extras_page import sections
+from .inspection_page import sections
 from .intervals import LEVEL, RESAMPLES, Difference, Spread, bootstrap
 from .plan import Budget, Study
 
@@ -18,7 +19,10 @@ Found = dict[str, dict[Pair, Record]]
 
 
 def results(study: Study, book: Book, method: str) -> dict[Pair, Record]:
-    """The finished runs of a method with the learning rate that was picked, by task, budget and seed."""
+    """The finished runs of a method that count, with the learning rate that was picked, by task, budget and seed.
+
+    Where validation rows judge, the first seed does not count: they have picked its learning rate.
+    """
     found: dict[Pair, Record] = {}
     for task in study.tasks:
         for budget in study.budgets_of(method):
@@ -26,7 +30,7 @@ def results(study: Study, book: Book, method: str) -> dict[Pair, Record]:
             rate = None if search is None else picked(study, book, search["metric"], task, method, budget)
             for run in () if rate is None else study.repeats(task, method, budget, rate):
                 record = book.find(study, run)
-                if record is not None:
+                if record is not None and run.seed in study.judged_seeds:
                     found[task, budget, run.seed] = record
     return found
 
@@ -39,14 +43,16 @@ def value(study: Study, record: Record) -> float:
 def difference(study: Study, ours: dict[Pair, Record], theirs: dict[Pair, Record]) -> Difference | None:
     """Of the runs that both have done; None without any.
 
-    Runs of one task and seed share rows, their order and the head, whatever their budget: their differences are averaged first, and the
-    interval is one of tasks and seeds.
+    Runs of one task and seed share rows, their order and the head, whatever their budget: their differences are averaged first. Seeds are
+    resampled within each task.
     """
-    found: dict[tuple[str, int], list[float]] = {}
+    found: dict[str, dict[int, list[float]]] = {}
     for pair in sorted(ours.keys() & theirs.keys()):
         task, _, seed = pair
-        found.setdefault((task, seed), []).append(value(study, ours[pair]) - value(study, theirs[pair]))
-    return bootstrap([statistics.fmean(part) for part in found.values()]) if found else None
+        found.setdefault(task, {}).setdefault(seed, []).append(value(study, ours[pair]) - value(study, theirs[pair]))
+    return (
+        bootstrap([[statistics.fmean(part) for part in seeds.values()] for seeds in found.values()]) if found else None
+    )
 
 
 def found_by_method(study: Study, book: Book) -> Found:
@@ -59,17 +65,21 @@ def page(study: Study, book: Book, pictures: Iterable[Path] = ()) -> str:
     found = found_by_method(study, book)
     every = [record for records in found.values() for record in records.values()]
     done = sum(len(records) for records in found.values())
+    seeds = len(study.judged_seeds)
     what = {
         "test": "test rows, which nothing was chosen by",
-        "validation": "validation rows: the outcome chooses defaults",
+        "validation": "validation rows, since the outcome chooses defaults; the first seed, whose learning rates they picked, is left out",
     }
     at = "" if study.pick_at is None else f" at r {study.pick_at.r} to {study.pick_at.target}"
+    count = len(study.groups()) * seeds
     lines = [
         f"# Study: {study.name}",
         "",
-        f"Made by `igulora study`; {done} of {len(study.groups()) * len(study.seeds)} runs that count, {len(study.seeds)} seeds. Learning "
-        f"rates from one grid for all ({', '.join(f'{rate:g}' for rate in study.learning_rates)}), picked{at} on validation rows with the "
-        f"first seed; values are of {what[study.judged_by]}: median (quartiles) over seeds.",
+        f"Made by `igulora study`; {done} of {count} runs that count, {seeds} seeds. Learning rates from one grid for all "
+        f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}), picked{at} on validation rows with the first seed (*: an end of the "
+        f"grid was picked). Values are of {what[study.judged_by]}: median (quartiles) over seeds. Parameters: what trains, at the start "
+        "and with the triplets that live at the end. Any row is run again by `igulora study FILE.toml --again "
+        "TASK/METHOD/R-TARGET/lrRATE/seedSEED`, the key of its line in records.jsonl.",
         "",
         *_places(every),
     ]
@@ -105,16 +115,32 @@ def _table(study: Study, found: Found, task: str, budget: Budget) -> list[str]:
             gap = None if method == reference else difference(study, here, found[reference])
             row.append("" if gap is None else _shown(gap))
         seconds = statistics.median(record["seconds"] for record in here.values())
-        row += [str(len(here)), f"{first['settings']['learning_rate']:g}", f"{first['trainable']:,}", f"{seconds:.0f}"]
+        live = statistics.median(record["trained_at_end"] for record in here.values())
+        row += [
+            str(len(here)),
+            _rate(study, method, first),
+            f"{first['trained_at_start']:,}",
+            f"{live:,.0f}",
+            f"{seconds:.0f}",
+        ]
         rows.append(row)
     if not rows:
         return []
     minus = [] if reference is None else [f"minus `{reference}`"]
-    header = ["method", metric, *minus, "seeds", "learning rate", "trained at the start", "training, s"]
+    header = ["method", metric, *minus, "seeds", "learning rate", "parameters", "at the end", "training, s"]
     return [f"## {task}, r {budget.r} to {budget.target}", "", table(header, rows)]
 
 
+def _rate(study: Study, method: str, record: Record) -> str:
+    """The learning rate, whether it lies at an end of the grid, and whose it is where it was borrowed."""
+    rate, lender = record["settings"]["learning_rate"], study.methods[method].rate_of
+    edge = len(study.learning_rates) > 1 and rate in (min(study.learning_rates), max(study.learning_rates))
+    return f"{rate:g}{'*' if edge else ''}" + ("" if lender is None else f", that of `{lender}`")
+
+
 def _shown(gap: Difference) -> str:
+    if not math.isfinite(gap.low):
+        return f"{gap.mean:+.3f}"
     text = f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
     return f"**{text}**" if gap.clear else text
 
@@ -141,7 +167,7 @@ def summary(study: Study, book: Book, link: str) -> str:
     every = [record for records in found.values() for record in records.values()]
     metrics = dict.fromkeys(f"{record['metric']} of {record['settings']['task']['data']}" for record in every)
     budgets = " and ".join(f"{budget.r} to {budget.target}" for budget in study.budgets)
-    what = f"{', '.join(metrics)}, r {budgets}, {len(study.seeds)} seeds, {study.judged_by} rows; {link}."
+    what = f"{', '.join(metrics)}, r {budgets}, {len(study.judged_seeds)} seeds, {study.judged_by} rows; {link}."
     return "\n".join([what, "", *(_compared(gaps) if gaps else ["Nothing has been compared yet."])]).rstrip() + "\n"
 
 
@@ -153,9 +179,10 @@ def _compared(gaps: dict[tuple[str, str], Difference]) -> list[str]:
     ]
     looked_at = len({frozenset(pair) for pair in gaps})
     return [
-        f"Mean of paired differences over all tasks and budgets (row minus column) and the interval of {LEVEL:.0%} of {RESAMPLES:,} "
-        "bootstrap resamples of tasks and seeds; bold where it leaves out zero. "
-        f"Of {looked_at} comparisons of equals about {looked_at * (1 - LEVEL):.0f} would be bold by chance.",
+        "Mean of paired differences over the tasks and budgets that both ran at (row minus column), each task in its own metric, and its "
+        f"{LEVEL:.0%} interval by {RESAMPLES:,} bootstrap resamples of the seeds of each task, expanded for few pairs; bold where it "
+        f"leaves out zero. Of {looked_at} comparisons of equals {looked_at * (1 - LEVEL):.0f} or a few more would be bold by chance. Other "
+        "seeds are what the interval speaks of, not other rows.",
         "",
         table(["", *(f"minus `{name}`" for name in columns)], rows),
         *(_sentences(gaps) or ["No difference is clear."]),
@@ -168,6 +195,6 @@ def _sentences(gaps: dict[tuple[str, str], Difference]) -> list[str]:
         if gap.clear:
             better, worse = (one, other) if gap.mean > 0 else (other, one)
             found[better, worse] = (
-                f"- `{better}` is better than `{worse}`: {abs(gap.mean):+.3f} over {gap.pairs} pairs of task and seed."
+                f"- `{better}` is better than `{worse}`: {abs(gap.mean):+.3f} over {gap.pairs} pairs."
             )
     return list(found.values())

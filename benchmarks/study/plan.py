@@ -71,6 +71,7 @@ class Training:
         warmup: fraction of the steps in which the learning rate rises, before it falls to zero.
         window: micro-batches per score update, for methods that have no shorter one.
         dtype: of the frozen weights; adapters and heads train in float32. dropout: of the frozen model.
+        order: another one draws another order of rows, all else as it was.
         watch: matrices whose score series are kept. remove: validation rows on which the trained model is judged without each matrix.
     """
 
@@ -82,6 +83,7 @@ class Training:
     window: int = 8
     dtype: str = "bfloat16"
     dropout: float = 0.0
+    order: int = 0
     watch: int = 0
     remove: int = 0
 
@@ -123,6 +125,11 @@ class Study:
     judged_by: str = "test"
     against: tuple[str, ...] = ()
     maps: tuple[str, ...] = ()
+
+    @property
+    def judged_seeds(self) -> tuple[int, ...]:
+        """The seeds whose runs count: without the first where validation rows judge, for they have picked its learning rate."""
+        return self.seeds if self.judged_by == "test" else self.seeds[1:]
 
     def groups(self) -> list[Group]:
         """(task, method, budget) in the order in which they run: those that pick rates first, then budgets and tasks outside, so that

@@ -87,7 +87,16 @@ def _check_study(study: Study, path: Path) -> None:
     """What one entry says of another."""
     for task in study.tasks.values():
         check_choice(f"data of [tasks.{task.name}]", task.data, DATA)
+        if study.training.remove > task.validation:
+            raise ValueError(
+                f"expected remove of at most {task.validation} in {path}, the validation rows of [tasks.{task.name}], got "
+                f"{study.training.remove}"
+            )
     check_choice(f"judged_by in {path}", study.judged_by, JUDGES)
+    if not study.judged_seeds:
+        raise ValueError(
+            f"expected at least 2 seeds in {path}, whose validation rows pick rates with the first, got {list(study.seeds)}"
+        )
     if study.pick_at is not None and study.pick_at not in study.budgets:
         raise ValueError(f"expected pick_at in {path} to be one of its budgets, got {list(study.pick_at)}")
     for entry, names in (("against", study.against), ("maps", study.maps)):
@@ -104,6 +113,10 @@ def _check_study(study: Study, path: Path) -> None:
         if method.rate_of is None:
             continue
         check_choice(f"rate_of of [methods.{name}]", method.rate_of, study.methods)
+        if not set(study.budgets_of(name)) <= {*study.budgets_of(method.rate_of), study.pick_at}:
+            raise ValueError(
+                f"expected budgets of [methods.{name}] among those of {method.rate_of!r}, whose rates it takes"
+            )
         if study.methods[method.rate_of].rate_of is not None:
             raise ValueError(
                 f"expected rate_of of [methods.{name}] to name a method with a search of its own, got {method.rate_of!r}"
@@ -176,5 +189,8 @@ def _method(name: str, table: Any, path: Path) -> MethodSpec:
     check_choice(f"library of [methods.{name}]", library, LIBRARIES)
     check_choice(f"method of [methods.{name}]", method, LIBRARIES[library])
     optimizer, training = options.pop("optimizer", {}), options.pop("training", {})
-    budgets = tuple(_budget(pair, path) for pair in options.pop("budgets", ()))
+    if not isinstance(optimizer, dict):
+        raise ValueError(f"expected a table of optimizer options of [methods.{name}], got {optimizer!r}")
+    budgets = tuple(_budget(pair, path) for pair in (_listed(options, "budgets", path) if "budgets" in options else ()))
+    options.pop("budgets", None)
     return MethodSpec(name, library, method, options, optimizer, training, options.pop("rate_of", None), budgets)

@@ -60,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.jobs < 1:
         raise ValueError(f"expected --jobs of at least 1, got {args.jobs}")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"expected --threads of at least 1, got {args.threads}")
+    if args.again and args.render:
+        raise ValueError("expected --again or --render, got both; --again runs one row anew, --render runs nothing")
     study = read_study(args.file)
     output = args.output or args.file.with_suffix("")
     book = Book(output / "records.jsonl")

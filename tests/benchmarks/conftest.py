@@ -19,7 +19,8 @@ WORDS = ["good", "bad", "great", "awful", "fine", "dull", "bright", "slow"]
 def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An archive with eighty sentences."""
     lines = [
-        f"{i}\t{(3 if i % 2 == 0 else -3) + i / 1000}\tthe film is {WORDS[i % 8]} {WORDS[i % 3]}" for i in range(80)
+        f"{i}\t{(3 if i % 2 == 0 else -3) + i / 1000}\tthe film is {WORDS[i % 8]} {WORDS[i % 3]} {WORDS[i // 24]}"
+        for i in range(80)
     ]
     lines.append("81\t0.1\tneither this nor that")
     data = "\r\n".join(lines).encode()

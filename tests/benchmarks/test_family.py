@@ -18,12 +18,28 @@ from igulora.benchmarks import family, reviews  # noqa: E402
 def test_reviews_are_read_and_split(archive: Path) -> None:
     rows = reviews.sentences()
     assert len(rows) == 81
-    assert rows[0] == ("the film is good good", 3.0)
+    assert rows[0] == ("0", "the film is good good good", 3.0)
     train, held_out = reviews.examples("polarity", 20)
     assert (len(train), len(held_out)) == (60, 20)
     assert {example.target for example in train} == {"positive", "negative"}
     assert [e.text for e in reviews.examples("polarity", 20)[0]] == [e.text for e in train]
     assert len(reviews.examples("rating", 20)[0]) == 61
+
+
+def test_no_sentence_and_no_review_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        reviews.Sentence(str(i // 7), f"sentence {i // 2 if i % 5 == 0 else i} says", 1.0 + i / 1000)
+        for i in range(210)
+    ]
+    rows += [reviews.Sentence(str(100 + i), f"Sentence: {i}, says!", 2.0 + i / 1000) for i in range(20)]
+    monkeypatch.setattr(reviews, "sentences", lambda source: list(rows))
+    train, held_out = reviews.examples("rating", 60, "product")
+    assert len(held_out) == 60
+    assert len(train) > 60
+    review = {row.rating: row.review for row in rows}
+    assert not {review[float(e.target)] for e in train} & {review[float(e.target)] for e in held_out}
+    words = ["".join(filter(str.isalnum, e.text.lower())) for e in train + held_out]
+    assert len(set(words)) == len(words)
 
 
 def test_without_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

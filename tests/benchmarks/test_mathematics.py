@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
-import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 
-from igulora.benchmarks import mathematics
 from igulora.benchmarks.mathematics import KINDS, questions
 from igulora.training.extras import MissingExtra
 
@@ -26,14 +23,10 @@ def test_the_same_questions_each_time_and_none_twice(some: list) -> None:
     assert questions(24, seed=1) != some[:24]
 
 
-def test_the_callers_generators_stay_as_they_were(some: list) -> None:
-    random.seed(5)
-    np.random.seed(5)
-    expected = random.random(), np.random.rand()
-    random.seed(5)
-    np.random.seed(5)
-    questions(12)
-    assert (random.random(), np.random.rand()) == expected
+def test_whatever_the_hashes_of_this_process(some: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        assert questions(240) == some[:240]
 
 
 def test_answers_are_right(some: list) -> None:
@@ -60,10 +53,10 @@ def test_every_kind_has_its_turn(some: list) -> None:
     assert all(any(word in example.text for example in some[:24]) for word in words)
 
 
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "mathematics_dataset", None)
-    monkeypatch.setitem(sys.modules, "mathematics_dataset.modules.modules", None)
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mathematics_dataset.py").write_text("raise ImportError('no such package')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(
-        MissingExtra, match="expected the package mathematics_dataset.*install it with: pip install --no-deps"
+        MissingExtra, match=r"expected the package mathematics_dataset.*install it with: pip install --no-deps"
     ):
-        mathematics.questions(1)
+        questions(1)

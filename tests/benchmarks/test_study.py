@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,12 +20,14 @@ from igulora.benchmarks.study import conduct as conducting
 from igulora.benchmarks.study import intervals, models
 from igulora.benchmarks.study.book import Book
 from igulora.benchmarks.study.conduct import again, conduct, picked
+from igulora.benchmarks.study.configuring import recipe
 from igulora.benchmarks.study.intervals import Spread, bootstrap
 from igulora.benchmarks.study.page import difference, page
 from igulora.benchmarks.study.plan import Budget, Run, Study
 from igulora.benchmarks.study.reading import read_study
-from igulora.benchmarks.study.training import factor, recipe
+from igulora.benchmarks.study.training import factor
 from igulora.cli.main import main
+from igulora.config import METHODS
 
 FILE = """
 name = "small"
@@ -74,7 +79,7 @@ class Pretended:
         reached = self.better[run.method] + 0.01 * run.seed - abs(run.learning_rate - 4e-3)
         return {
             "metric": "accuracy", "validation": {"accuracy": reached}, "test": {"accuracy": reached - 0.1},
-            "seconds": 3.0, "seconds_in_all": 4.0, "trainable": 10,
+            "seconds": 3.0, "seconds_in_all": 4.0, "trained_at_start": 20, "trained_at_end": 10,
         }  # fmt: skip
 
 
@@ -279,6 +284,65 @@ def test_options_are_checked_before_anything_runs(
     assert pretended.runs == []
 
 
+def test_a_default_that_changed_is_another_method(
+    study: Study, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    path = tmp_path / "records.jsonl"
+    conduct(study, Book(path), lambda _: None)
+    monkeypatch.setitem(METHODS["igu"], "combine", "mean")
+    with pytest.raises(ValueError, match="expected polarity/igu/4-2/lr0.001/seed0 in .* got others for config"):
+        page(study, Book(path))
+    file.write_text(FILE.replace("[methods.igu]", '[methods.igu]\ncombine = "snr"'))
+    assert "9 of 9 runs" in page(read_study(file), Book(path))  # what it was, spelt out
+
+
+def test_one_process_writes(study: Study, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    with Book(path).writing(), pytest.raises(ValueError, match="expected no other study at work on"):
+        conduct(study, Book(path), lambda _: None)
+    path.write_text('{"key": "cut')
+    assert Book(path).records == {}
+    assert path.read_text() == '{"key": "cut'  # reading repairs nothing
+    with Book(path).writing():
+        assert path.read_text() == ""
+
+
+def test_a_run_that_fails_is_named_and_others_are_kept(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    monkeypatch.setattr(conducting, "_workers", lambda jobs, threads: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(conducting, "Prepared", lambda spec: None)
+
+    def train(run: Run, *rest: Any) -> dict[str, Any]:
+        if run.learning_rate == 1e-3:
+            time.sleep(0.2)
+            raise ValueError("the loss is not a number")
+        time.sleep(0.4)
+        return pretended(run, *rest)
+
+    monkeypatch.setattr(conducting, "train", train)
+    path = tmp_path / "records.jsonl"
+    with pytest.raises(
+        ValueError, match="expected polarity/igu/4-2/lr0.001/seed0 to train, got ValueError: the loss is not a number"
+    ):
+        conduct(study, Book(path), lambda _: None, jobs=2)
+    assert list(Book(path).records) == ["polarity/igu/4-2/lr0.004/seed0"]
+
+
+def test_validation_rows_judge_without_the_seed_that_picked(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    file.write_text(FILE.replace("[training]", 'judged_by = "validation"\n[training]', 1))
+    study, book = read_study(file), Book(tmp_path / "records.jsonl")
+    conduct(study, book, lambda _: None)
+    text = page(study, book)
+    assert "6 of 6 runs that count, 2 seeds" in text
+    assert "| `igu` | 0.915 (0.91" in text  # 0.91 and 0.92, of seeds 1 and 2
+
+
 def test_a_row_is_run_again(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretended = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
     book = Book(tmp_path / "records.jsonl")
@@ -303,22 +367,36 @@ def test_the_page_claims_what_is_clear(study: Study, tmp_path: Path, monkeypatch
     monkeypatch.setattr(intervals, "MIN_PAIRS", 3)
     text = page(study, book)
     assert "9 of 9 runs" in text
-    assert "| `igu` | 0.810 (0.805 to 0.815) | 3 | 0.004 | 10 | 3 |" in text
-    assert "- `igu` is better than `fixed`: +0.400 over 3 pairs of task and seed." in text
+    assert "| `igu` | 0.810 (0.805 to 0.815) | 3 | 0.004* | 20 | 10 | 3 |" in text
+    assert "- `igu` is better than `fixed`: +0.400 over 3 pairs." in text
     assert "Of 3 comparisons" in text
     assert "`fixed` is better" not in text
     assert "`peft-lora` is better" not in text
 
 
 def test_intervals() -> None:
-    clear = bootstrap([0.1, 0.1, 0.15, 0.05, 0.1])
+    clear = bootstrap([[0.1, 0.11, 0.12, 0.09, 0.1]])
     assert clear.clear
-    assert clear.mean == pytest.approx(0.1)
+    assert clear.mean == pytest.approx(0.104)
     assert clear.low < clear.mean < clear.high
-    assert not bootstrap([0.5, -0.4, 0.4, -0.5, 0.1]).clear
-    assert not bootstrap([1.0] * 4).clear  # too few
-    assert bootstrap([0.0, 0.0]) == (0.0, 0.0, 0.0, 2)
+    assert not bootstrap([[0.5, -0.4, 0.4, -0.5, 0.1]]).clear
+    assert not bootstrap([[1.0] * 4]).clear  # too few
+    assert bootstrap([[0.2], [0.1, 0.1]])[1:3] == (-math.inf, math.inf)  # of one value resamples tell nothing
+    assert bootstrap([[0.0, 0.0]]) == (0.0, 0.0, 0.0, 2)
     assert Spread.of([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
+
+
+def test_tasks_weigh_alike_and_are_resampled_apart() -> None:
+    gap = bootstrap([[0.1] * 6, [0.3] * 2])
+    assert (gap.mean, gap.pairs) == (pytest.approx(0.2), 8)
+    assert (gap.low, gap.high) == pytest.approx((0.2, 0.2))  # what tasks differ in is no uncertainty
+
+
+def test_how_often_equals_look_different() -> None:
+    generator = np.random.default_rng(0)
+    few, many = (sum(bootstrap([generator.standard_normal(size)]).clear for _ in range(300)) / 300 for size in (5, 15))
+    assert few <= 0.12  # by plain percentiles 0.15
+    assert many <= 0.09
 
 
 def test_differences_of_one_task_and_seed_are_one_pair(study: Study) -> None:
@@ -332,7 +410,6 @@ def test_differences_of_one_task_and_seed_are_one_pair(study: Study) -> None:
     assert gap is not None
     assert gap.pairs == 2
     assert gap.mean == pytest.approx(0.045)  # of 0.02, 0.04 and 0.04, 0.08
-    assert (gap.low, gap.high) == pytest.approx((0.03, 0.06))
     assert difference(study, runs(0.02), {}) is None
 
 
@@ -367,6 +444,9 @@ def test_a_whole_study(
     assert set(igu["removed"]) == {"", *igu["ranks"]}
     assert len(igu["series"]) == 2
     assert "removed" not in peft_lora
+    assert igu["trained_at_end"] < igu["trained_at_start"]
+    assert records[-1]["trained_at_end"] < records[-1]["trained_at_start"]  # PEFT's AdaLoRA
+    assert set(igu["scores"]) == set(igu["ranks"])
     assert set(peft_lora["ranks"].values()) == {2}
     assert "## Matrices removed one at a time" in written
     for name in ("differences", "ranks-polarity", "series"):

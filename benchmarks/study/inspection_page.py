@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ..pages import table
 from .book import Record
-from .extras import rank_correlation, settled
+from .inspection import rank_correlation, settled
 from .intervals import Spread
 
 
@@ -19,38 +19,44 @@ def sections(records: dict[str, list[Record]]) -> list[str]:
 def _removed(records: dict[str, list[Record]]) -> list[str]:
     rows: list[list[str]] = []
     for method, runs in records.items():
-        measured = [_drops(run) for run in runs if "removed" in run]
-        if measured:
-            columns = (
-                [rank_correlation(ranks, drops) for ranks, drops in measured],
-                [_third(ranks, drops, highest=True) for ranks, drops in measured],
-                [_third(ranks, drops, highest=False) for ranks, drops in measured],
-            )
-            rows.append([f"`{method}`", *map(_median, columns), str(len(measured))])
+        measured = [(run, _lost(run)) for run in runs if "removed" in run]
+        if not measured:
+            continue
+        by_rank = [([float(run["ranks"][name]) for name in lost], list(lost.values())) for run, lost in measured]
+        by_score = [
+            ([run["scores"][name] for name in lost], list(lost.values())) for run, lost in measured if "scores" in run
+        ]
+        row = [f"`{method}`", _median([rank_correlation(*pair) for pair in by_rank])]
+        row += [_median([rank_correlation(*pair) for pair in by_score]) if by_score else "–"]
+        row += [_median([_third(*pair, highest=highest) for pair in by_rank]) for highest in (True, False)]
+        rows.append([*row, str(len(measured))])
     if not rows:
         return []
-    header = ["method", "rank correlation of rank and loss", "lost, highest third", "lost, lowest third", "runs"]
+    header = ["method", "correlation with rank", "with mean score", "lost, highest third", "lost, lowest third", "runs"]
     return [
         "## Matrices removed one at a time",
         "",
-        "What the metric on validation rows loses without the update of one matrix, against the rank that the method gave it (IGU-LoRA, "
-        "Table 8): median (quartiles) over runs. A third is one of the matrices in the order of their ranks.",
+        "What the metric on validation rows loses without the update of one matrix (IGU-LoRA, Table 8): Spearman's correlation of the loss "
+        "with the matrix's rank and with its mean score, and the mean loss over the third of the matrices with the highest and with the "
+        "lowest ranks (those of equal rank included); median (quartiles) over runs. More rank loses more whatever it was given for, and "
+        "rank 0 loses nothing: what `random` shows is that alone.",
         "",
         table(header, rows),
     ]
 
 
-def _drops(run: Record) -> tuple[list[float], list[float]]:
-    """Rank and loss of every matrix."""
-    removed, ranks = run["removed"], run["ranks"]
-    names = [name for name in removed if name]
-    return [float(ranks[name]) for name in names], [removed[""] - removed[name] for name in names]
+def _lost(run: Record) -> dict[str, float]:
+    """What the metric loses without each matrix."""
+    return {name: run["removed"][""] - value for name, value in run["removed"].items() if name}
 
 
 def _third(ranks: list[float], drops: list[float], highest: bool) -> float:
-    """Mean loss over the third of the matrices with the highest or the lowest ranks, equal ones in the model's order."""
-    order = sorted(range(len(ranks)), key=lambda i: -ranks[i] if highest else ranks[i])
-    return statistics.fmean(drops[i] for i in order[: max(len(order) // 3, 1)])
+    """Mean loss over the matrices whose rank is at least, or at most, that of the last one in the third."""
+    ordered = sorted(ranks, reverse=highest)
+    bound = ordered[max(len(ordered) // 3, 1) - 1]
+    return statistics.fmean(
+        drop for rank, drop in zip(ranks, drops, strict=True) if (rank >= bound if highest else rank <= bound)
+    )
 
 
 def _settled(records: dict[str, list[Record]]) -> list[str]:
