@@ -99,6 +99,33 @@ def test_the_penalty_takes_the_loss_scale_too(net, config, trainer, batches, los
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
+def test_fixed_ranks_are_regularised_where_asked_for(net, trainer, batches, loss_of) -> None:
+    found = {}
+    for method, gamma in (("lora", 0.5), ("lora", None), ("random", 0.5)):
+        times = {} if method == "lora" else {"total_steps": 40, "target_rank": 4}
+        options = igulora.IGUConfig(method=method, r=4, init="orthonormal", orthogonality=gamma, **times)
+        model, controller, _ = trainer(net(), options)
+        with torch.no_grad():
+            controller.bank.weight.mul_(1.5)
+        controller.backward(loss_of(model), batches(1)[0])
+        found[method, gamma] = controller.bank.grad.clone(), controller.penalty
+    assert found["lora", None][1] is None
+    assert float(found["lora", 0.5][1]) > 0
+    assert not torch.equal(found["lora", 0.5][0], found["lora", None][0])
+    torch.testing.assert_close(found["lora", 0.5][0], found["random", 0.5][0])
+
+
+def test_fixed_ranks_with_a_backward_of_ones_own(net, trainer, batches, loss_of) -> None:
+    options = igulora.IGUConfig(method="lora", r=4, init="orthonormal", orthogonality=0.5)
+    model, controller, optimizer = trainer(net(), options)
+    loss_of(model)(batches(1)[0]).backward()
+    optimizer.step()
+    with pytest.raises(
+        ValueError, match=r"expected ctl.regularise\(\) between your own loss.backward\(\) and optimizer.step\(\)"
+    ):
+        controller.step()
+
+
 def test_forgotten_step(net, config, trainer, batches, loss_of) -> None:
     model, controller, optimizer = trainer(net(), config())
     controller.backward(loss_of(model), batches(1)[0])

@@ -35,6 +35,16 @@ def test_default_ratio_follows_the_start(net, config, init, ratio) -> None:
     assert groups[1]["lr"] == ratio
 
 
+def test_p_and_q_apart(net, config) -> None:
+    model = igulora.adapt(net(), config())
+    groups = igulora.param_groups(model, lr=1e-3, weight_decay=0.1, p_lr_ratio=4)
+    assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups[:2]] == [("P", 4e-3, 0.1), ("Q", 1e-3, 0.1)]
+    names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+    assert [{names[id(p)] for p in g["params"]} for g in groups] == [{"lora_P"}, {"lora_Q"}, {"lora_E"}]
+    both = igulora.param_groups(model, lr=1e-3)[0]["params"]
+    assert {id(p) for g in groups[:2] for p in g["params"]} == {id(p) for p in both}
+
+
 def test_plain_lora_has_no_lambda_group(net) -> None:
     groups = igulora.param_groups(igulora.adapt(net(), igulora.IGUConfig(method="lora")), lr=1.0)
     assert [g["name"] for g in groups] == ["vectors"]
@@ -55,5 +65,7 @@ def test_bad_arguments(net, config) -> None:
     for lr in (0.0, -1.0):
         with pytest.raises(ValueError, match="lr > 0, got"):
             igulora.param_groups(model, lr=lr)
+    with pytest.raises(ValueError, match="p_lr_ratio > 0, got 0"):
+        igulora.param_groups(model, lr=1.0, p_lr_ratio=0)
     with pytest.raises(ValueError, match="lambda_lr_ratio >= 0, got -1"):
         igulora.param_groups(model, lr=1.0, lambda_lr_ratio=-1)
