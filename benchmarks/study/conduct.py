@@ -125,9 +125,7 @@ def again(study: Study, book: Book, key: str) -> tuple[Record, Record]:
     """
     if key not in book.records:
         raise ValueError(f"expected the key of a recorded run, got {key!r}.{nearest(key, book.records)}")
-    runs = {
-        run.key: run for group in study.groups() for rate in study.learning_rates for run in study.repeats(*group, rate)
-    }
+    runs = study.possible()
     if key not in runs:
         raise ValueError(
             f"expected a run that the study's file still asks for, got {key!r}; put its method, budget, rate and seed back"

@@ -157,6 +157,11 @@ class Study:
         """The runs of all seeds with the learning rate that was picked; that of the first seed may be one of the searches."""
         return [Run(task, method, budget, rate, seed) for seed in self.seeds]
 
+    def possible(self) -> dict[str, Run]:
+        """By key, every run that it may ask for, whichever learning rates are picked."""
+        runs = (run for group in self.groups() for rate in self.learning_rates for run in self.repeats(*group, rate))
+        return {run.key: run for run in runs}
+
     def training_of(self, method: str) -> Training:
         """What a method trains with."""
         return dataclasses.replace(self.training, **self.methods[method].training)
