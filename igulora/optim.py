@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bank import find_bank, find_config
+from .bank import Bank, find_bank, find_config
 from .config import IGUConfig
 from .unwrap import unwrap
 
@@ -46,25 +46,24 @@ def param_groups(
     model = unwrap(model)
     bank = find_bank(model)
     lambda_lr_ratio = _ratio(model, lambda_lr_ratio)
-    vectors = [
-        {
-            "name": "P",
-            "params": [layer.lora_P for layer in bank.layers if layer.lora_P.requires_grad],
-            "lr": lr * p_lr_ratio,
-        },
-        {"name": "Q", "params": [layer.lora_Q for layer in bank.layers if layer.lora_Q.requires_grad], "lr": lr},
-    ]
-    if p_lr_ratio == 1.0:
-        both = [p for layer in bank.layers for p in (layer.lora_P, layer.lora_Q) if p.requires_grad]
-        vectors = [{"name": "vectors", "params": both, "lr": lr}]
-    lambdas = [layer.lora_E for layer in bank.layers if layer.lora_E.requires_grad]
-    saved = bank.others(model)
+    vectors: dict[str, tuple[tuple[str, ...], float]] = {"vectors": (("lora_P", "lora_Q"), lr)}
+    if p_lr_ratio != 1.0:
+        vectors = {"P": (("lora_P",), lr * p_lr_ratio), "Q": (("lora_Q",), lr)}
+    lambdas, saved = _trained(bank, ("lora_E",)), bank.others(model)
     groups = [
-        *({**group, "weight_decay": weight_decay} for group in vectors),
+        *(
+            {"name": name, "params": _trained(bank, factors), "lr": rate, "weight_decay": weight_decay}
+            for name, (factors, rate) in vectors.items()
+        ),
         {"name": "lambda", "params": lambdas, "lr": lr * lambda_lr_ratio, "weight_decay": 0.0},
         {"name": "saved", "params": saved, "lr": lr, "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _trained(bank: Bank, factors: tuple[str, ...]) -> list[nn.Parameter]:
+    """The parameters of these names, layer by layer, that are trained."""
+    return [p for layer in bank.layers for factor in factors if (p := getattr(layer, factor)).requires_grad]
 
 
 def split_lambda(optimizer: torch.optim.Optimizer, model: nn.Module, lambda_lr_ratio: float | None = None) -> None:

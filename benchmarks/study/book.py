@@ -54,6 +54,7 @@ class Book:
     def _read(self, content: bytes) -> int:
         """Take what lines there are; the length of those that are whole."""
         self.records.clear()
+        self._known.clear()
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
             try:
@@ -99,7 +100,8 @@ class Book:
         if record is None or run.key in self._known:
             return record
         wanted = json.loads(json.dumps(settings(study, run)))
-        different = [name for name, value in record["settings"].items() if not _same(value, wanted.get(name))]
+        kept = _with_later_fields(record["settings"], wanted)
+        different = [name for name in wanted if kept.get(name) != wanted[name]]
         if different:
             raise ValueError(
                 f"expected {run.key} in {self.path} with the study's settings, got others for {', '.join(different)}; give the study "
@@ -118,8 +120,10 @@ class Book:
         return record
 
 
-def _same(recorded: Any, wanted: Any) -> bool:
-    """Whether all that was recorded is wanted; what was not had not been thought of then, and had no effect."""
-    if isinstance(recorded, dict) and isinstance(wanted, dict):
-        return all(_same(value, wanted.get(name)) for name, value in recorded.items())
-    return bool(recorded == wanted)
+def _with_later_fields(recorded: Record, wanted: Record) -> Record:
+    """Settings with the fields that Training and IGUConfig had not yet: those had no effect then. All else is as it was recorded."""
+    filled = {**recorded, "training": {**wanted["training"], **recorded["training"]}}
+    if wanted["method"]["library"] == "igulora":
+        options = {**wanted["config"]["options"], **recorded["config"]["options"]}
+        filled["config"] = {**recorded["config"], "options": options}
+    return filled

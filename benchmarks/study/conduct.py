@@ -88,9 +88,8 @@ def conduct(study: Study, book: Book, say: Say, jobs: int = 1) -> None:
                     return
                 for future in wait(underway, return_when=FIRST_COMPLETED).done:
                     keep(future)
-        except (
-            BaseException
-        ):  # Ctrl-C, or a run that failed: what is under way beside it is finished and kept; a second Ctrl-C leaves it
+        except BaseException:
+            # Ctrl-C, or a run that failed: what is under way beside it is finished and kept; a second Ctrl-C leaves it.
             for future in wait(underway).done:
                 if future.exception() is None:
                     keep(future)

@@ -48,7 +48,9 @@ def check(study: Study) -> None:
     for name, method in study.methods.items():
         taken = inspect.signature(igulora.param_groups if method.library == "igulora" else torch.optim.AdamW).parameters
         for option in method.optimizer:
-            check_choice(f"optimizer of [methods.{name}]", option, set(taken) - {"model", "params", "lr", "fused"})
+            check_choice(
+                f"optimizer of [methods.{name}]", option, sorted(set(taken) - {"model", "params", "lr", "fused"})
+            )
         for budget in study.budgets_of(name):
             run = Run("", name, budget, study.learning_rates[0], study.seeds[0])
             try:

@@ -85,5 +85,4 @@ _LEAST = 16  # score updates of a series of which quarters are looked at
 
 
 def _median(values: Iterable[float]) -> str:
-    spread = Spread.of([value for value in values if value == value])
-    return f"{spread.median:+.3f} ({spread.q1:+.3f} to {spread.q3:+.3f})"
+    return Spread.of([value for value in values if value == value]).shown("+.3f")

@@ -27,6 +27,10 @@ class Spread(NamedTuple):
         q1, median, q3 = np.percentile(np.asarray(values, dtype=np.float64), (25, 50, 75))
         return cls(float(median), float(q1), float(q3))
 
+    def shown(self, form: str = ".3f") -> str:
+        """As tables have it: median (quartiles)."""
+        return f"{self.median:{form}} ({self.q1:{form}} to {self.q3:{form}})"
+
 
 class Difference(NamedTuple):
     """Mean of paired differences and its interval, of so many pairs."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from igulora.training.causal_lm import IGNORED, CausalLM
 from igulora.training.demo import load_smollm2, minilm_folder
 from igulora.training.modeling import load_sequence_model, load_tokenizer
-from igulora.training.tasks import Classification, Regression, Row, Task, batches_by_length, evaluating
+from igulora.training.tasks import Classification, Regression, Row, Task, batches_by_length, evaluating, to_device
 
 from .plan import TaskSpec, Training
 
@@ -72,18 +72,13 @@ class ExactAnswers(CausalLM):
         exact, total, tokens = 0, 0.0, 0
         with evaluating(model):
             for part in batches_by_length(rows, batch_size):
-                batch = self.collate(part)
-                inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-                labels = batch["labels"][:, 1:]
-                logits = (
-                    model(**inputs, use_cache=False, logits_to_keep=batch["labels"].shape[1]).logits[:, :-1].float()
-                )
+                batch = to_device(self.collate(part), device)
+                logits, labels = self.logits(model, batch), batch["labels"][:, 1:]
                 exact += int(((logits.argmax(-1) == labels) | (labels == IGNORED)).all(-1).sum())
-                total += float(
-                    nn.functional.cross_entropy(
-                        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-                    )
+                losses = nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
                 )
+                total += float(losses)
                 tokens += int((labels != IGNORED).sum())
         return {"exact": exact / len(rows), "loss": total / tokens}
 
@@ -93,9 +88,8 @@ def _encoder(folder: str, classes: tuple[str, ...] | None, seed: int, dtype: str
     torch.manual_seed(seed)  # of the head, which is new
     names = None if classes is None else list(classes)
     model, heads = load_sequence_model(folder, "float32", names, load_tokenizer(folder))
-    model.set_attn_implementation(
-        "eager"
-    )  # PyTorch's fused attention is slower on a CPU, in bfloat16 and backwards by much
+    # PyTorch's fused attention is slower on a CPU, in bfloat16 and backwards by much.
+    model.set_attn_implementation("eager")
     model.to(getattr(torch, dtype))
     for name in heads:
         model.get_submodule(name).float().register_forward_pre_hook(_in_float32)

@@ -110,7 +110,7 @@ def _table(study: Study, found: Found, task: str, budget: Budget) -> list[str]:
         first = next(iter(here.values()))
         metric = first["metric"]
         spread = Spread.of([value(study, record) for record in here.values()])
-        row = [f"`{method}`", f"{spread.median:.3f} ({spread.q1:.3f} to {spread.q3:.3f})"]
+        row = [f"`{method}`", spread.shown()]
         if reference is not None:
             gap = None if method == reference else difference(study, here, found[reference])
             row.append("" if gap is None else _shown(gap))

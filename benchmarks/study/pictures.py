@@ -13,7 +13,7 @@ from .intervals import Spread
 from .page import Found, comparisons, found_by_method, value
 from .plan import Budget, Study
 
-_GREY, _BLUE, _ORANGE = "0.6", "tab:blue", "tab:orange"
+_GREY, _BLUE = "0.6", "tab:blue"
 
 
 def draw(study: Study, book: Book, folder: Path) -> list[Path]:
@@ -96,17 +96,20 @@ def _ranks(study: Study, found: Found, task: str, folder: Path) -> Path | None:
         (name, budget): ranks
         for name in study.maps
         for budget in study.budgets
-        if (ranks := mean_ranks(found, task, name, budget))
+        if (ranks := _mean_ranks(found, task, name, budget))
     }
     if not maps:
         return None
+    names, budgets = (list(dict.fromkeys(keys)) for keys in zip(*maps, strict=True))
     width, height = heat_size(next(iter(maps.values())))
-    columns = len({budget for _, budget in maps})
-    figure, axes = new_figure([height] * len({name for name, _ in maps}), columns, width * columns)
-    for axis, ((name, budget), ranks) in zip([axis for line in axes for axis in line], maps.items(), strict=False):
-        heat(
-            figure, axis, ranks, max(ranks.values()), "rank", f"{name}, {task}, r {budget.r} to {budget.target}", ".1f"
-        )
+    figure, axes = new_figure([height] * len(names), len(budgets), width * len(budgets))
+    for line, name in zip(axes, names, strict=True):
+        for axis, budget in zip(line, budgets, strict=True):
+            ranks = maps.get((name, budget))
+            axis.set_visible(ranks is not None)
+            if ranks is not None:
+                title = f"{name}, {task}, r {budget.r} to {budget.target}"
+                heat(figure, axis, ranks, max(ranks.values()), "rank", title, ".1f")
     return saved(figure, folder / f"ranks-{task}.png")
 
 
@@ -117,7 +120,7 @@ def _series(found: Found, folder: Path) -> Path | None:
     return None if series is None else plot_series(series, folder / "series.png")
 
 
-def mean_ranks(found: Found, task: str, name: str, budget: Budget) -> dict[str, float]:
+def _mean_ranks(found: Found, task: str, name: str, budget: Budget) -> dict[str, float]:
     """Mean over seeds of each matrix's rank at the end; empty without runs."""
     every = [record["ranks"] for pair, record in found[name].items() if pair[:2] == (task, budget)]
     return {matrix: statistics.fmean(ranks[matrix] for ranks in every) for matrix in every[0]} if every else {}

@@ -125,10 +125,7 @@ class Prepared:
             if training.stretch > 1:
                 rows.sort(key=lambda row: len(row["input_ids"]))
             parts = [rows[start : start + training.rows] for start in range(0, len(rows), training.rows)]
-            order = (
-                torch.randperm(len(parts), generator=generator).tolist() if training.stretch > 1 else range(len(parts))
-            )
-            found += [self.task.collate(parts[i]) for i in order]
+            found += [self.task.collate(parts[i]) for i in torch.randperm(len(parts), generator=generator).tolist()]
         return found[: training.steps]
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -84,12 +84,15 @@ class CausalLM:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross entropy over the response tokens."""
+        labels = batch["labels"][:, 1:]
+        return F.cross_entropy(self.logits(model, batch).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model says in each column about the label in the next, (B, K - 1, V), float32."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        labels = batch["labels"]
         if self._keeps:
-            inputs["logits_to_keep"] = labels.shape[1]  # type: ignore[assignment]
-        logits = model(**inputs, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+            inputs["logits_to_keep"] = batch["labels"].shape[1]  # type: ignore[assignment]
+        return model(**inputs, use_cache=False).logits[:, :-1].float()
 
     def evaluate(
         self, model: nn.Module, rows: Sequence[Row], batch_size: int, device: torch.device
@@ -156,12 +159,8 @@ class CausalLM:
         for choice in self._choice_ids:
             full = [{"input_ids": row["prompt"] + choice, "response": choice} for row in rows]
             batch = to_device(self.collate(full), device)
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            labels = batch["labels"]
-            if self._keeps:
-                inputs["logits_to_keep"] = labels.shape[1]  # type: ignore[assignment]
-            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
-            losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
+            logits, labels = self.logits(model, batch), batch["labels"][:, 1:]
+            losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
             columns.append(-losses.sum(-1))
         return torch.stack(columns, dim=1)
 

@@ -297,6 +297,37 @@ def test_a_default_that_changed_is_another_method(
     assert "9 of 9 runs" in page(read_study(file), Book(path))  # what it was, spelt out
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("peft-lora", 'library = "peft"', 'library = "peft"\nuse_rslora = true'),
+        ("igu", "[methods.igu]", "[methods.igu]\noptimizer = { p_lr_ratio = 4 }"),
+        ("igu", "[methods.igu]", "[methods.igu]\nrank_pattern = { query = 3 }"),
+    ],
+)
+def test_an_option_more_is_another_method(
+    study: Study, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, old: str, new: str
+) -> None:
+    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    path = tmp_path / "records.jsonl"
+    conduct(study, Book(path), lambda _: None)
+    file.write_text(FILE.replace(old, new))
+    with pytest.raises(ValueError, match=f"expected polarity/{key}/4-2/lr0.001/seed0 in .* got others for config"):
+        page(read_study(file), Book(path))
+
+
+def test_a_field_that_came_later_changes_nothing(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    path = tmp_path / "records.jsonl"
+    conduct(study, Book(path), lambda _: None)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in lines:
+        del record["settings"]["training"]["order"]
+        record["settings"]["config"]["options"].pop("block_pattern", None)
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    assert "9 of 9 runs" in page(study, Book(path))
+
+
 def test_one_process_writes(study: Study, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     with Book(path).writing(), pytest.raises(ValueError, match="expected no other study at work on"):
