@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -240,6 +243,31 @@ def test_runs_in_processes_of_their_own() -> None:
     with conducting._workers(2, 1) as executor:
         assert executor.submit(torch.get_num_threads).result() == 1
         assert executor.submit(os.getpid).result() != os.getpid()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_processes_end_with_a_study_that_was_killed() -> None:
+    code = (
+        "import os, time\n"
+        "from igulora.benchmarks.study import conduct\n"
+        "if __name__ == '__main__':\n"
+        "    with conduct._workers(2, 1) as executor:\n"
+        "        print(executor.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail(f"expected process {worker} to end with the one that started it, it still ran after ten seconds")
 
 
 def test_what_methods_differ_in(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
