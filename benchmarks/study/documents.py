@@ -1,4 +1,4 @@
-"""Writes what committed studies found into the documents: each study's own page, and docs/choices.md between markers.
+"""Writes what committed studies found: each study's own page, and its summary between its markers in the documents.
 
 python -m igulora.benchmarks.study.documents
 """
@@ -6,17 +6,23 @@ python -m igulora.benchmarks.study.documents
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from ..machine import RESULTS
-from ..pages import replace
+from ..pages import replace, table
 from .book import Book
-from .page import page, summary
+from .conduct import done
+from .page import page
 from .pictures import draw
+from .plan import Study
 from .reading import read_study
+from .summaries import core_hours, summary
 
-CHOICES = Path("docs") / "choices.md"
+README, CHOICES, FINDINGS = Path("README.md"), Path("docs") / "choices.md", Path("docs") / "findings.md"
+DOCUMENTS = (README, CHOICES, FINDINGS)
+ALL = "all"  # the list of all studies, where a document has its markers
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -25,24 +31,48 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def write(root: Path) -> list[Path]:
-    """Render all studies with records in a repository; the pages that were written.
+    """Render all studies of a repository; what was written.
 
     Raises:
-        ValueError: docs/choices.md has no place for a study that chooses something; or a study's file or records do not fit.
+        ValueError: a study's file or records do not fit, or a document lacks the second of two markers.
     """
     written = []
-    folder = root / "benchmarks" / "results" / "study"
-    for file in sorted(folder.glob("*.toml")):
+    studies = []
+    for file in sorted((root / "benchmarks" / "results" / "study").glob("*.toml")):
         output = file.with_suffix("")
-        if not (output / "records.jsonl").exists():
-            continue
         study, book = read_study(file), Book(output / "records.jsonl")
-        (output / "README.md").write_text(page(study, book, draw(study, book, output)), encoding="utf-8")
-        written.append(output / "README.md")
-        if study.judged_by == "validation":
-            link = f"[all of it](../{(output / 'README.md').relative_to(root).as_posix()})"
-            replace(root / CHOICES, summary(study, book, link), markers(file.stem))
+        studies.append((study, book, output / "README.md"))
+        if book.records:
+            (output / "README.md").write_text(page(study, book, draw(study, book, output)), encoding="utf-8")
+            written.append(output / "README.md")
+    for document in (root / name for name in DOCUMENTS):
+        text = document.read_text(encoding="utf-8")
+        for study, book, of in studies:
+            if markers(study.name)[0] in text:
+                # the README has room for one comparison
+                others = study.against[:1] if document == root / README else None
+                replace(document, summary(study, book, _link(document, of, "all of it"), others), markers(study.name))
+        if markers(ALL)[0] in text:
+            replace(document, _list(document, studies), markers(ALL))
+        written.append(document)
     return written
+
+
+def _link(document: Path, page_of: Path, text: str) -> str:
+    return f"[{text}]({Path(os.path.relpath(page_of, document.parent)).as_posix()})"
+
+
+def _list(document: Path, studies: list[tuple[Study, Book, Path]]) -> str:
+    """Every study: what it compares, how far it is and what it took."""
+    rows = []
+    for study, book, of in studies:
+        where = ", ".join(study.tasks)
+        hours = f"{core_hours(book.records.values()):.1f}"
+        rows.append([_link(document, of, study.name) if book.records else study.name, where, str(len(study.methods)),
+                     str(len(study.seeds)), f"{done(study, book)} of {study.count}", hours])  # fmt: skip
+    total = sum(core_hours(book.records.values()) for _, book, _ in studies)
+    rows.append(["all", "", "", "", "", f"{total:.1f}"])
+    return table(["study", "tasks", "methods", "seeds", "runs done", "hours of one core"], rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..pages import place, table
 from .book import Book, Record
-from .conduct import picked
+from .comparing import Found, comparisons, difference, found_by_method, value
 from .inspection_page import sections
-from .intervals import LEVEL, RESAMPLES, Difference, Spread, bootstrap
+from .intervals import Spread
 from .plan import Budget, Study
-
-Pair = tuple[str, Budget, int]
-Found = dict[str, dict[Pair, Record]]
-
-
-def results(study: Study, book: Book, method: str) -> dict[Pair, Record]:
-    """The finished runs of a method that count, with the learning rate that was picked, by task, budget and seed.
-
-    Where validation rows judge, the first seed does not count: they have picked its learning rate.
-    """
-    found: dict[Pair, Record] = {}
-    for task in study.tasks:
-        for budget in study.budgets_of(method):
-            search = book.find(study, study.searches(task, method, budget)[0])
-            rate = None if search is None else picked(study, book, search["metric"], task, method, budget)
-            for run in () if rate is None else study.repeats(task, method, budget, rate):
-                record = book.find(study, run)
-                if record is not None and run.seed in study.judged_seeds:
-                    found[task, budget, run.seed] = record
-    return found
-
-
-def value(study: Study, record: Record) -> float:
-    """What a run is judged by: the task's metric on the study's rows."""
-    return record[study.judged_by][record["metric"]]
-
-
-def difference(study: Study, ours: dict[Pair, Record], theirs: dict[Pair, Record]) -> Difference | None:
-    """Of the runs that both have done; None without any.
-
-    Runs of one task and seed share rows, their order and the head, whatever their budget: their differences are averaged first. Seeds are
-    resampled within each task.
-    """
-    found: dict[str, dict[int, list[float]]] = {}
-    for pair in sorted(ours.keys() & theirs.keys()):
-        task, _, seed = pair
-        found.setdefault(task, {}).setdefault(seed, []).append(value(study, ours[pair]) - value(study, theirs[pair]))
-    return (
-        bootstrap([[statistics.fmean(part) for part in seeds.values()] for seeds in found.values()]) if found else None
-    )
-
-
-def found_by_method(study: Study, book: Book) -> Found:
-    """The finished runs that count, by method."""
-    return {method: results(study, book, method) for method in study.methods}
+from .summaries import compared, core_hours, shown
 
 
 def page(study: Study, book: Book, pictures: Iterable[Path] = ()) -> str:
@@ -78,7 +33,8 @@ def page(study: Study, book: Book, pictures: Iterable[Path] = ()) -> str:
         f"Made by `igulora study`; {done} of {count} runs that count, {seeds} seeds. Learning rates from one grid for all "
         f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}), picked{at} on validation rows with the first seed (*: an end of the "
         f"grid was picked). Values are of {what[study.judged_by]}: median (quartiles) over seeds. Parameters: what trains, at the start "
-        "and with the triplets that live at the end. Any row is run again by `igulora study FILE.toml --again "
+        f"and with the triplets that live at the end. {len(book.records)} trainings took {core_hours(book.records.values()):.1f} hours of "
+        "one core, learning rates included. Any row is run again by `igulora study FILE.toml --again "
         "TASK/METHOD/R-TARGET/lrRATE/seedSEED`, the key of its line in records.jsonl.",
         "",
         *_places(every),
@@ -86,17 +42,25 @@ def page(study: Study, book: Book, pictures: Iterable[Path] = ()) -> str:
     for task in study.tasks:
         for budget in study.budgets:
             lines += _table(study, found, task, budget)
-    lines += _differences(study, found)
+    if every:
+        lines += ["## Who is better", "", *compared(study, found, comparisons(study, found)), ""]
+    lines += _searches(study, book)
     lines += sections({method: list(records.values()) for method, records in found.items()})
     lines += [f"\n![{path.stem}]({path.name})" for path in pictures]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _places(records: Iterable[Record]) -> list[str]:
-    places = dict.fromkeys(
-        f"{place({**record, 'results': [{}]})} Runs at a time: {record['jobs']}." for record in records
-    )
-    return [line for text in places for line in (text, "")]
+    """A line for each day and machine, with the commits of its runs."""
+    places: dict[str, list[Record]] = {}
+    for record in records:
+        unversioned = {**record, "results": [{"commit": ""}]}
+        places.setdefault(f"{place(unversioned)} {record['jobs']}", []).append(record)
+    lines = []
+    for same in places.values():
+        commits = [{"commit": commit} for commit in dict.fromkeys(record["versions"]["commit"] for record in same)]
+        lines += [f"{place({**same[0], 'results': commits})} Runs at a time: {same[0]['jobs']}.", ""]
+    return lines
 
 
 def _table(study: Study, found: Found, task: str, budget: Budget) -> list[str]:
@@ -113,7 +77,7 @@ def _table(study: Study, found: Found, task: str, budget: Budget) -> list[str]:
         row = [f"`{method}`", spread.shown()]
         if reference is not None:
             gap = None if method == reference else difference(study, here, found[reference])
-            row.append("" if gap is None else _shown(gap))
+            row.append("" if gap is None else shown(gap))
         seconds = statistics.median(record["seconds"] for record in here.values())
         live = statistics.median(record["trained_at_end"] for record in here.values())
         row += [
@@ -138,63 +102,16 @@ def _rate(study: Study, method: str, record: Record) -> str:
     return f"{rate:g}{'*' if edge else ''}" + ("" if lender is None else f", that of `{lender}`")
 
 
-def _shown(gap: Difference) -> str:
-    if not math.isfinite(gap.low):
-        return f"{gap.mean:+.3f}"
-    text = f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
-    return f"**{text}**" if gap.clear else text
-
-
-def comparisons(study: Study, found: Found) -> dict[tuple[str, str], Difference]:
-    """Every method minus each of those the study compares with (without any: each with each)."""
-    names = [name for name in study.methods if found[name]]
-    others = study.against or names
-    gaps = {
-        (one, other): difference(study, found[one], found[other]) for other in others for one in names if one != other
-    }
-    return {pair: gap for pair, gap in gaps.items() if gap is not None}
-
-
-def _differences(study: Study, found: Found) -> list[str]:
-    gaps = comparisons(study, found)
-    return ["## Who is better", "", *_compared(gaps)] if gaps else []
-
-
-def summary(study: Study, book: Book, link: str) -> str:
-    """The comparison alone, for another document, with a ``link`` to the page."""
-    found = found_by_method(study, book)
-    gaps = comparisons(study, found)
-    every = [record for records in found.values() for record in records.values()]
-    metrics = dict.fromkeys(f"{record['metric']} of {record['settings']['task']['data']}" for record in every)
-    budgets = " and ".join(f"{budget.r} to {budget.target}" for budget in study.budgets)
-    what = f"{', '.join(metrics)}, r {budgets}, {len(study.judged_seeds)} seeds, {study.judged_by} rows; {link}."
-    return "\n".join([what, "", *(_compared(gaps) if gaps else ["Nothing has been compared yet."])]).rstrip() + "\n"
-
-
-def _compared(gaps: dict[tuple[str, str], Difference]) -> list[str]:
-    columns = list(dict.fromkeys(other for _, other in gaps))
-    rows = [
-        [f"`{one}`", *(_shown(gaps[one, other]) if (one, other) in gaps else "" for other in columns)]
-        for one in dict.fromkeys(one for one, _ in gaps)
-    ]
-    looked_at = len({frozenset(pair) for pair in gaps})
-    return [
-        "Mean of paired differences over the tasks and budgets that both ran at (row minus column), each task in its own metric, and its "
-        f"{LEVEL:.0%} interval by {RESAMPLES:,} bootstrap resamples of the seeds of each task, expanded for few pairs; bold where it "
-        f"leaves out zero. Of {looked_at} comparisons of equals {looked_at * (1 - LEVEL):.0f} or a few more would be bold by chance. Other "
-        "seeds are what the interval speaks of, not other rows.",
-        "",
-        table(["", *(f"minus `{name}`" for name in columns)], rows),
-        *(_sentences(gaps) or ["No difference is clear."]),
-    ]
-
-
-def _sentences(gaps: dict[tuple[str, str], Difference]) -> list[str]:
-    found: dict[tuple[str, str], str] = {}
-    for (one, other), gap in gaps.items():
-        if gap.clear:
-            better, worse = (one, other) if gap.mean > 0 else (other, one)
-            found[better, worse] = (
-                f"- `{better}` is better than `{worse}`: {abs(gap.mean):+.3f} over {gap.pairs} pairs."
-            )
-    return list(found.values())
+def _searches(study: Study, book: Book) -> list[str]:
+    """What every learning rate reached with the first seed: how near the one that was picked lies to others that fail."""
+    rows: list[list[str]] = []
+    for task, method, budget in study.groups():
+        runs = study.searches(task, method, budget)
+        records = [book.find(study, run) for run in runs]
+        if (runs[0].method, runs[0].budget) == (method, budget) and any(records):
+            reached = ["" if record is None else f"{record['validation'][record['metric']]:.3f}" for record in records]
+            rows.append([f"`{method}`", task, str(budget).replace("-", " to "), *reached])
+    if not rows or len(study.learning_rates) == 1:
+        return []
+    header = ["method", "task", "r", *(f"{rate:g}" for rate in study.learning_rates)]
+    return ["## Learning rates", "", "Validation rows, first seed.", "", table(header, rows)]

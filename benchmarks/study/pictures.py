@@ -9,8 +9,8 @@ from typing import Any
 from igulora.training.plots import heat, heat_size, new_figure, plot_series, saved
 
 from .book import Book
+from .comparing import Found, comparisons, found_by_method, value
 from .intervals import Spread
-from .page import Found, comparisons, found_by_method, value
 from .plan import Budget, Study
 
 _GREY, _BLUE = "0.6", "tab:blue"

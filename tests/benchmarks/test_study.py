@@ -22,12 +22,14 @@ pytest.importorskip("transformers")
 from igulora.benchmarks.study import conduct as conducting
 from igulora.benchmarks.study import intervals, models
 from igulora.benchmarks.study.book import Book
+from igulora.benchmarks.study.comparing import difference
 from igulora.benchmarks.study.conduct import again, conduct, picked
 from igulora.benchmarks.study.configuring import recipe
 from igulora.benchmarks.study.intervals import Spread, bootstrap
-from igulora.benchmarks.study.page import difference, page
+from igulora.benchmarks.study.page import page
 from igulora.benchmarks.study.plan import Budget, Run, Study
 from igulora.benchmarks.study.reading import read_study
+from igulora.benchmarks.study.summaries import summary
 from igulora.benchmarks.study.training import factor
 from igulora.cli.main import main
 from igulora.config import METHODS
@@ -225,7 +227,9 @@ def test_methods_that_do_not_run_at_every_budget(file: Path, tmp_path: Path, mon
     conduct(study, book, lambda _: None)
     assert len(pretended.runs) == study.count == 5 * 4
     assert {key.split("/")[2] for key in pretended.runs if "/igu/" in key} == {"4-2"}
-    assert page(study, book).count("| `igu` |") == 1 + 1  # one table of values, one of differences
+    assert (
+        page(study, book).count("| `igu` |") == 1 + 1 + 1
+    )  # a table of values, one of differences, one of learning rates
 
 
 def test_several_runs_at_a_time(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,10 +431,30 @@ def test_the_page_claims_what_is_clear(study: Study, tmp_path: Path, monkeypatch
     text = page(study, book)
     assert "9 of 9 runs" in text
     assert "| `igu` | 0.810 (0.805 to 0.815) | 3 | 0.004* | 20 | 10 | 3 |" in text
+    assert "| `igu` | 0.810 |  | **+0.400 (+0.400 to +0.400)** | **+0.400" in text
+    assert "| `igu` | polarity | 4 to 2 | 0.897 | 0.900 |" in text  # validation rows, by learning rate
+    assert "12 trainings took 0.0 hours of one core" in text
     assert "- `igu` is better than `fixed`: +0.400 over 3 pairs." in text
     assert "Of 3 comparisons" in text
     assert "`fixed` is better" not in text
     assert "`peft-lora` is better" not in text
+
+
+def test_a_summary_has_the_comparisons_it_is_asked_for(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.5})
+    book = Book(tmp_path / "records.jsonl")
+    assert summary(study, book, "[page](page.md)") == "Nothing has run yet.\n"
+    conduct(study, book, lambda _: None)
+    text = summary(study, book, "[page](page.md)", ["fixed"])
+    assert text.startswith(
+        "accuracy of movie-polarity; triplets per matrix 4 to 2; 3 seeds, test rows; [page](page.md).\n"
+    )
+    assert "| median | 4 to 2 | minus `fixed` |" in text
+    assert "| `igu` | 0.810 | +0.400 (+0.400 to +0.400) |" in text
+    assert "| `fixed` | 0.410 |  |" in text
+    assert "Of 2 comparisons" in text
 
 
 def test_intervals() -> None:

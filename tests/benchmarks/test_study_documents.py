@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from igulora.benchmarks.machine import RESULTS
 from igulora.benchmarks.study.book import Book
-from igulora.benchmarks.study.documents import CHOICES, main, markers
+from igulora.benchmarks.study.documents import CHOICES, DOCUMENTS, FINDINGS, main, markers
 from igulora.benchmarks.study.reading import read_study
 
 STUDIES = sorted((RESULTS / "study").glob("*.toml"))
@@ -31,20 +31,19 @@ def test_the_documents_are_the_rendering(tmp_path: Path) -> None:
     root = RESULTS.parents[1]
     copied = tmp_path / "benchmarks" / "results" / "study"
     shutil.copytree(RESULTS / "study", copied)
-    (tmp_path / CHOICES).parent.mkdir()
-    shutil.copy(root / CHOICES, tmp_path / CHOICES)
+    (tmp_path / "docs").mkdir()
+    for document in DOCUMENTS:
+        shutil.copy(root / document, tmp_path / document)
     assert main(["--root", str(tmp_path)]) == 0
-    for page in sorted(copied.glob("*/README.md")):
-        assert page.read_text() == (RESULTS / "study" / page.relative_to(copied)).read_text(), (
-            "run the documents module"
+    for page in [*sorted(copied.glob("*/README.md")), *(tmp_path / document for document in DOCUMENTS)]:
+        assert page.read_text() == (root / page.relative_to(tmp_path)).read_text(), (
+            "run python -m igulora.benchmarks.study.documents"
         )
-    assert (tmp_path / CHOICES).read_text() == (root / CHOICES).read_text(), (
-        "run python -m igulora.benchmarks.study.documents"
-    )
 
 
-def test_every_study_that_chooses_has_its_place() -> None:
-    text = (RESULTS.parents[1] / CHOICES).read_text()
-    for file in STUDIES:
-        if read_study(file).judged_by == "validation":
-            assert all(marker in text for marker in markers(file.stem))
+@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
+def test_every_study_has_its_place(file: Path) -> None:
+    study = read_study(file)
+    assert study.name == file.stem
+    text = (RESULTS.parents[1] / (CHOICES if study.judged_by == "validation" else FINDINGS)).read_text()
+    assert all(text.count(marker) == 1 for marker in markers(study.name))
