@@ -39,14 +39,18 @@ Say = Callable[[Progress], None]
 
 
 def picked(study: Study, book: Book, metric: str, task: str, method: str, budget: Budget) -> float | None:
-    """The learning rate of the grid with the best validation metric, the lower of equal ones; None where a search is not done."""
+    """The learning rate that validation rows pick; None where a search is not done.
+
+    It is the lowest whose metric is within the study's tolerance of the best: of rates that differ by no more than seeds do, the one
+    farthest from those at which training fails, so that it holds for seeds that picked nothing.
+    """
     found: dict[float, float] = {}
     for run in study.searches(task, method, budget):
         record = book.find(study, run)
         if record is None:
             return None
         found[run.learning_rate] = record["validation"][metric]
-    return max(sorted(found), key=lambda rate: found[rate])
+    return min(rate for rate in found if found[rate] >= max(found.values()) - study.tolerance)
 
 
 def runs_of(study: Study, book: Book, task: str, method: str, budget: Budget) -> list[Run]:

@@ -26,13 +26,14 @@ def page(study: Study, book: Book, pictures: Iterable[Path] = ()) -> str:
         "validation": "validation rows, since the outcome chooses defaults; the first seed, whose learning rates they picked, is left out",
     }
     at = "" if study.pick_at is None else f" at r {study.pick_at.r} to {study.pick_at.target}"
+    near = f": the lowest within {study.tolerance:g} of the best" if study.tolerance else ""
     count = len(study.groups()) * seeds
     lines = [
         f"# Study: {study.name}",
         "",
         f"Made by `igulora study`; {done} of {count} runs that count, {seeds} seeds. Learning rates from one grid for all "
-        f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}), picked{at} on validation rows with the first seed (*: an end of the "
-        f"grid was picked). Values are of {what[study.judged_by]}: median (quartiles) over seeds. Parameters: what trains, at the start "
+        f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}), picked{at} on validation rows with the first seed{near} (*: an end "
+        f"of the grid was picked). Values are of {what[study.judged_by]}: median (quartiles) over seeds. Parameters: what trains, at the start "
         f"and with the triplets that live at the end. {len(book.records)} trainings took {core_hours(book.records.values()):.1f} hours of "
         "one core, learning rates included. Any row is run again by `igulora study FILE.toml --again "
         "TASK/METHOD/R-TARGET/lrRATE/seedSEED`, the key of its line in records.jsonl.",

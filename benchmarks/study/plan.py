@@ -110,6 +110,7 @@ class Study:
 
     Attributes:
         pick_at: the budget at which learning rates are picked for all budgets; None lets each pick its own.
+        tolerance: the lowest learning rate whose metric is at most so much below the best is picked.
         judged_by: the part of the rows ("test", "validation") that tables are made of.
         against: the methods that the page compares all others with. maps: those whose ranks it draws by layer and module.
     """
@@ -122,6 +123,7 @@ class Study:
     methods: dict[str, MethodSpec]
     training: Training = field(default_factory=Training)
     pick_at: Budget | None = None
+    tolerance: float = 0.0
     judged_by: str = "test"
     against: tuple[str, ...] = ()
     maps: tuple[str, ...] = ()
@@ -154,13 +156,16 @@ class Study:
         return [Run(task, owner, at, rate, self.seeds[0]) for rate in self.learning_rates]
 
     def repeats(self, task: str, method: str, budget: Budget, rate: float) -> list[Run]:
-        """The runs of all seeds with the learning rate that was picked; that of the first seed may be one of the searches."""
-        return [Run(task, method, budget, rate, seed) for seed in self.seeds]
+        """The runs that count, with the learning rate that was picked; that of the first seed may be one of the searches."""
+        return [Run(task, method, budget, rate, seed) for seed in self.judged_seeds]
 
     def possible(self) -> dict[str, Run]:
         """By key, every run that it may ask for, whichever learning rates are picked."""
-        runs = (run for group in self.groups() for rate in self.learning_rates for run in self.repeats(*group, rate))
-        return {run.key: run for run in runs}
+        repeats = (run for group in self.groups() for rate in self.learning_rates for run in self.repeats(*group, rate))
+        return {run.key: run for run in (*self._searched(), *repeats)}
+
+    def _searched(self) -> set[Run]:
+        return {run for group in self.groups() for run in self.searches(*group)}
 
     def training_of(self, method: str) -> Training:
         """What a method trains with."""
@@ -169,6 +174,12 @@ class Study:
     @property
     def count(self) -> int:
         """Trainings in all."""
-        searched = {run for group in self.groups() for run in self.searches(*group)}
-        first = len(set(self.groups()) - {(run.task, run.method, run.budget) for run in searched})
-        return len(searched) + first + len(self.groups()) * (len(self.seeds) - 1)
+        searched = self._searched()
+        first = set(self.groups()) - {
+            (run.task, run.method, run.budget) for run in searched
+        }  # run with the first seed, too
+        return (
+            len(searched)
+            + len(first) * (self.seeds[0] in self.judged_seeds)
+            + len(self.groups()) * (len(self.seeds) - 1)
+        )

@@ -5,6 +5,7 @@ seeds = [0, 1, 2, 3, 4]
 learning_rates = [1e-3, 2e-3, 4e-3]      # one grid for all methods; picked on validation rows, with the first seed
 budgets = [[8, 4], [16, 8]]              # r at the start and rank at the end; fixed ranks are those at the end
 pick_at = [16, 8]                        # the budget at which learning rates are picked for all; without it each picks its own
+tolerance = 0.01                         # the lowest rate whose metric is at most so much below the best is picked; 0 unless given
 judged_by = "test"                       # "validation" where the outcome chooses something
 against = ["fixed"]                      # whom the page compares all methods with; without it each with each
 maps = ["igu-hard"]                      # methods whose ranks are drawn by layer and module
@@ -75,6 +76,7 @@ def read_study(path: Path) -> Study:
         methods={name: _method(name, table, path) for name, table in given["methods"].items()},
         training=_filled(Training, given.get("training", {}), "[training]"),
         pick_at=_budget(given["pick_at"], path) if "pick_at" in given else None,
+        tolerance=float(*_numbers({"tolerance": [given.get("tolerance", 0.0)]}, "tolerance", (int, float), 0, path)),
         judged_by=given.get("judged_by", "test"),
         against=_names(given, "against", path),
         maps=_names(given, "maps", path),

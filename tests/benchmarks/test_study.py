@@ -106,6 +106,7 @@ def test_a_file_and_its_runs(study: Study) -> None:
         ("seeds = [0, 1, 2]", "seeds = [0.5]", "expected seeds in .* to be numbers of at least 0, got 0.5"),
         ("seeds = [0, 1, 2]", "seed = [0]", "expected entries of .* got 'seed'. Did you mean 'seeds'"),
         ("[[4, 2]]", "[[2, 4]]", r"expected budgets in .* as \[r, target\] with 1 <= target <= r, got \[2, 4\]"),
+        ("seeds = [0, 1, 2]", "seeds = [0]\ntolerance = -0.1", "expected tolerance in .* at least 0, got -0.1"),
         ("steps = 30", "steps = -1", r"expected steps in \[training\] to be a number >= 0"),
         ("steps = 30", "step = 30", r"expected entries of \[training\] among .* Did you mean 'steps'"),
         ('data = "movie-polarity"', "", r"expected data in \[tasks.polarity\], got none"),
@@ -173,6 +174,18 @@ def test_rates_are_picked_on_validation_rows_and_seeds_follow(
     assert said[0].run.key == pretended.runs[0]
     conduct(study, book, said.append)
     assert len(pretended.runs) == study.count
+
+
+def test_the_lowest_rate_that_is_nearly_as_good_is_picked(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})  # 0.003 less at 1e-3 than at 4e-3
+    for tolerance, rate in ((0.0, 4e-3), (0.002, 4e-3), (0.004, 1e-3)):
+        file.write_text(f"tolerance = {tolerance}\n{FILE}")
+        study, book = read_study(file), Book(tmp_path / f"{tolerance}.jsonl")
+        conduct(study, book, lambda _: None)
+        assert picked(study, book, "accuracy", "polarity", "igu", Budget(4, 2)) == rate
+        assert ("within 0.004 of the best" in page(study, book)) == (tolerance == 0.004)
 
 
 def test_a_study_that_was_stopped_goes_on(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,6 +417,21 @@ def test_validation_rows_judge_without_the_seed_that_picked(
     text = page(study, book)
     assert "6 of 6 runs that count, 2 seeds" in text
     assert "| `igu` | 0.915 (0.91" in text  # 0.91 and 0.92, of seeds 1 and 2
+
+
+def test_a_borrowed_rate_needs_no_run_with_the_seed_that_picked_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended = Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
+    validated = FILE.replace("[training]", 'judged_by = "validation"\n[training]', 1)
+    for text, borrowed in ((FILE, 3), (validated, 2)):
+        file.write_text(text.replace('method = "lora"', 'method = "lora"\nrate_of = "igu"'))
+        study, book = read_study(file), Book(tmp_path / f"{borrowed}.jsonl")
+        pretended.runs.clear()
+        conduct(study, book, lambda _: None)
+        assert len([key for key in pretended.runs if "/fixed/" in key]) == borrowed
+        assert len(pretended.runs) == study.count == 2 * 4 + borrowed
+        assert set(pretended.runs) <= study.possible().keys()
 
 
 def test_a_row_is_run_again(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
