@@ -20,26 +20,7 @@ def page(study: Study, book: Book, pictures: Iterable[Path] = ()) -> str:
     found = found_by_method(study, book)
     every = [record for records in found.values() for record in records.values()]
     done = sum(len(records) for records in found.values())
-    seeds = len(study.judged_seeds)
-    what = {
-        "test": "test rows, which nothing was chosen by",
-        "validation": "validation rows, since the outcome chooses defaults; the first seed, whose learning rates they picked, is left out",
-    }
-    at = "" if study.pick_at is None else f" at r {study.pick_at.r} to {study.pick_at.target}"
-    near = f": the lowest within {study.tolerance:g} of the best" if study.tolerance else ""
-    count = len(study.groups()) * seeds
-    lines = [
-        f"# Study: {study.name}",
-        "",
-        f"Made by `igulora study`; {done} of {count} runs that count, {seeds} seeds. Learning rates from one grid for all "
-        f"({', '.join(f'{rate:g}' for rate in study.learning_rates)}), picked{at} on validation rows with the first seed{near} (*: an end "
-        f"of the grid was picked). Values are of {what[study.judged_by]}: median (quartiles) over seeds. Parameters: what trains, at the start "
-        f"and with the triplets that live at the end. {len(book.records)} trainings took {core_hours(book.records.values()):.1f} hours of "
-        "one core, learning rates included. Any row is run again by `igulora study FILE.toml --again "
-        "TASK/METHOD/R-TARGET/lrRATE/seedSEED`, the key of its line in records.jsonl.",
-        "",
-        *_places(every),
-    ]
+    lines = [f"# Study: {study.name}", "", _head(study, book, done), "", *_places(every)]
     for task in study.tasks:
         for budget in study.budgets:
             lines += _table(study, found, task, budget)
@@ -49,6 +30,26 @@ def page(study: Study, book: Book, pictures: Iterable[Path] = ()) -> str:
     lines += sections({method: list(records.values()) for method, records in found.items()})
     lines += [f"\n![{path.stem}]({path.name})" for path in pictures]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(study: Study, book: Book, done: int) -> str:
+    """What was compared, how, and what it took; ``done`` of its runs count."""
+    seeds = len(study.judged_seeds)
+    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    at = "" if study.pick_at is None else f" at r {study.pick_at.r} to {study.pick_at.target}"
+    near = f": the lowest within {study.tolerance:g} of the best" if study.tolerance else ""
+    what = {
+        "test": "test rows, which nothing was chosen by",
+        "validation": "validation rows, since the outcome chooses defaults; the first seed, whose learning rates they picked, is left out",
+    }
+    return (
+        f"Made by `igulora study`; {done} of {len(study.groups()) * seeds} runs that count, {seeds} seeds. Learning rates from one grid "
+        f"for all ({rates}), picked{at} on validation rows with the first seed{near} (*: an end of the grid was picked). Values are of "
+        f"{what[study.judged_by]}: median (quartiles) over seeds. Parameters: what trains, at the start and with the triplets that live at "
+        f"the end. {len(book.records)} trainings took {core_hours(book.records.values()):.1f} hours of one core, learning rates included. "
+        "Any row is run again by `igulora study FILE.toml --again TASK/METHOD/R-TARGET/lrRATE/seedSEED`, the key of its line in "
+        "records.jsonl."
+    )
 
 
 def _places(records: Iterable[Record]) -> list[str]:
