@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .config import CHOICES, initial_lambda
 from .context import PathContext
 from .errors import check_choice
 from .kernels.backend import as_given
@@ -16,7 +17,7 @@ from .kernels.windows import widened
 from .recompute import Recompute
 from .shared import SharedInput
 
-INITS = ("orthonormal", "gaussian", "lora")
+INITS = CHOICES["init"]
 _SEED_RANGE = 2**62
 
 
@@ -66,9 +67,9 @@ class SVDAdapter(nn.Module):
         blocks: n; divides r, in and out.
         lora_alpha: the update is scaled by ``lora_alpha / r``; r by default.
         dropout: probability of dropping an input entry on its way to Q, in training.
-        init: "orthonormal" rows of P and Q, lambda = ``init_lambda`` (default); "gaussian" N(0, 0.02^2), PEFT's; "lora" P = 0, Q as
-            LoRA's A, lambda = 1 and not trained.
-        init_lambda: start of lambda for the first two.
+        init: "orthonormal" rows of P and Q, lambda = ``init_lambda`` (default); "gaussian" N(0, 0.02^2), PEFT's; "zero" P = 0, Q as
+            LoRA's A; "lora" the same with lambda = 1, not trained.
+        init_lambda: start of lambda for the first three; None for 0, with "zero" for 1.
         dtype: of the masters.
         generator: CPU generator the start is drawn from.
 
@@ -89,7 +90,7 @@ class SVDAdapter(nn.Module):
         lora_alpha: float | None = None,
         dropout: float = 0.0,
         init: str = "orthonormal",
-        init_lambda: float = 0.0,
+        init_lambda: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
@@ -122,26 +123,24 @@ class SVDAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(
-        self, init: str = "orthonormal", init_lambda: float = 0.0, generator: torch.Generator | None = None
+        self, init: str = "orthonormal", init_lambda: float | None = None, generator: torch.Generator | None = None
     ) -> None:
         """Draw the start of P, lambda and Q again (see the class's ``init``); the same generator gives the same start on any device."""
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(_SEED_RANGE, ())))
         r = self.r
+        self.lora_E.fill_(1.0 if init == "lora" else initial_lambda(init, init_lambda))
         if init == "orthonormal":
             for param in (self.lora_P, self.lora_Q):
                 for block in param.split(max(r // self.blocks, 1)):
                     block.copy_(_orthonormal_rows(block.shape[0], block.shape[1], generator))
-            self.lora_E.fill_(init_lambda)
         elif init == "gaussian":
             self.lora_P.copy_(torch.randn((r, self.p_length), generator=generator) * 0.02)
             self.lora_Q.copy_(torch.randn((r, self.q_length), generator=generator) * 0.02)
-            self.lora_E.fill_(init_lambda)
         else:
             bound = 1.0 / math.sqrt(self.q_length)
             self.lora_P.zero_()
             self.lora_Q.copy_(torch.rand((r, self.q_length), generator=generator) * (2 * bound) - bound)
-            self.lora_E.fill_(1.0)
         self.mask.fill_(1.0)
 
     @property

@@ -43,7 +43,7 @@ FIXED_RANK = ("lora", "ralora", "ralora-pro")
 BIDIRECTIONAL = ("flexlora", "igu-flex")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
-    "init": ("orthonormal", "gaussian", "lora"),
+    "init": ("orthonormal", "gaussian", "zero", "lora"),
     "estimator": ("gauss", "stratified", "trapezoid", "on-path", "on-path-stratified", "instantaneous"),
     "path": ("delta", "factors"),
     "path_pass": ("mixed", "separate"),
@@ -72,6 +72,23 @@ def named(pattern: dict[str, int], name: str, default: int) -> int:
     if name in pattern:
         return pattern[name]
     return next((value for ending, value in pattern.items() if name.endswith("." + ending)), default)
+
+
+def initial_lambda(init: str | None, given: float | None) -> float:
+    """What a lambda that is trained starts at: ``given``, or for None 1 where P starts at zero and 0 where it does not.
+
+    Raises:
+        ValueError: it is not finite, or 0 with P = 0. TypeError: it is no number.
+    """
+    if given is None:
+        return 1.0 if init == "zero" else 0.0
+    if not math.isfinite(_number("init_lambda", given)):
+        raise ValueError(f"expected a finite init_lambda, got {given}")
+    if init == "zero" and given == 0:
+        raise ValueError(
+            f"expected init_lambda other than 0 with init={init!r}: of P = 0 and lambda = 0 neither would ever move; leave it out"
+        )
+    return given
 
 
 @dataclass
@@ -123,7 +140,7 @@ class IGUConfig:
     block_pattern: dict[str, int] = field(default_factory=dict)
     dropout: float = 0.0
     init: str | None = None
-    init_lambda: float = 0.0
+    init_lambda: float | None = None
     seed: int = 0
     recompute_inputs: bool = False
     estimator: str | None = None
@@ -158,6 +175,8 @@ class IGUConfig:
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
+        if self.orthogonality is None and (self.init or METHODS[self.method]["init"]) in ("zero", "lora"):
+            self.orthogonality = 0.0  # the penalty would pull the rows of P to unit length
         for name, value in METHODS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -171,6 +190,7 @@ class IGUConfig:
             self.nodes = 3 if self.estimator == "gauss" else 20
         for name, options in CHOICES.items():
             check_choice(name, getattr(self, name), options)
+        self.init_lambda = initial_lambda(self.init, self.init_lambda)
         self._check_numbers()
         self._check_blocks()
         self._check_exchange()
@@ -258,8 +278,6 @@ class IGUConfig:
             raise ValueError(
                 f"expected lora_alpha > 0 and finite (the update is scaled by lora_alpha / r), got {self.lora_alpha}"
             )
-        if not math.isfinite(_number("init_lambda", self.init_lambda)):
-            raise ValueError(f"expected a finite init_lambda, got {self.init_lambda}")
         # A window scores at least one micro-batch; AdaLoRA's window of one is the case in point.
         self.ig_every = min(self.ig_every, self.window)  # type: ignore[type-var]
 

@@ -28,7 +28,7 @@ def param_groups(
     Args:
         model: adapted by :func:`igulora.adapt`.
         lr: learning rate of P, Q and of the modules to save.
-        lambda_lr_ratio: lambda's learning rate over ``lr``; by default 30 for orthonormal directions and 1 for PEFT's Gaussian start.
+        lambda_lr_ratio: lambda's learning rate over ``lr``; by default 30 for orthonormal directions and 1 for `init` "gaussian" or "zero".
         weight_decay: of P, Q and the modules to save; lambda has none, the budget is what shrinks it.
         p_lr_ratio: P's learning rate over ``lr``, which is Q's (LoRA+ takes 16 where P starts at zero).
 
@@ -109,5 +109,5 @@ def _ratio(model: nn.Module, lambda_lr_ratio: float | None) -> float:
 
 
 def default_lambda_lr_ratio(config: IGUConfig) -> float:
-    """Lambda's learning rate over that of P and Q where none is given: 1 for PEFT's Gaussian start, else 30."""
-    return 1.0 if config.init == "gaussian" else DEFAULT_LAMBDA_LR_RATIO
+    """Lambda's learning rate over that of P and Q where none is given: 1 for the Gaussian start and from zero, else 30."""
+    return 1.0 if config.init in ("gaussian", "zero") else DEFAULT_LAMBDA_LR_RATIO

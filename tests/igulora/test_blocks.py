@@ -27,7 +27,7 @@ def dense_twin(layer: FusedSVDLinear) -> FusedSVDLinear:
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8])
-@pytest.mark.parametrize("init", ["orthonormal", "gaussian", "lora"])
+@pytest.mark.parametrize("init", ["orthonormal", "gaussian", "zero", "lora"])
 def test_parameters_stay_and_the_rank_grows(blocks: int, init: str) -> None:
     r, base = 2, nn.Linear(16, 24)
     layer = FusedSVDLinear(base, r=r * blocks, blocks=blocks, init=init)
@@ -35,7 +35,7 @@ def test_parameters_stay_and_the_rank_grows(blocks: int, init: str) -> None:
     assert layer.r == r * blocks
     with torch.no_grad():
         layer.lora_E.fill_(1.0)
-        if init == "lora":
+        if init in ("zero", "lora"):
             layer.lora_P.normal_()
     assert int(torch.linalg.matrix_rank(layer.delta_weight())) == min(r * blocks, 16)
     if init == "orthonormal":

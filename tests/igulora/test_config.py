@@ -47,6 +47,17 @@ def test_scale_is_alpha_over_the_initial_rank() -> None:
     assert IGUConfig(r=0, target_rank=0, lora_alpha=16, **STEPS).scale == 1.0
 
 
+def test_what_follows_from_a_start_at_zero() -> None:
+    one, zero, lora = (IGUConfig(r=4, total_steps=500, init=init) for init in ("orthonormal", "zero", "lora"))
+    assert (one.init_lambda, zero.init_lambda) == (0.0, 1.0)
+    assert (one.orthogonality, zero.orthogonality, lora.orthogonality) == (
+        0.1,
+        0.0,
+        0.0,
+    )  # it would pull P to unit length
+    assert IGUConfig(r=4, total_steps=500, init="zero", init_lambda=2.0, orthogonality=0.3).orthogonality == 0.3
+
+
 def test_lora_needs_no_schedule_and_no_room_to_prune() -> None:
     config = IGUConfig(method="lora", r=4, target_rank=8)
     assert not config.adaptive

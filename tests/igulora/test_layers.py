@@ -24,7 +24,7 @@ def layer(r: int = 3, **options) -> FusedSVDLinear:
     return built
 
 
-@pytest.mark.parametrize("init", ["orthonormal", "gaussian", "lora"])
+@pytest.mark.parametrize("init", ["orthonormal", "gaussian", "zero", "lora"])
 @pytest.mark.parametrize("r", [0, 1, 4, 9])
 def test_starts_as_the_base(init: str, r: int) -> None:
     base = nn.Linear(6, 5)
@@ -35,6 +35,18 @@ def test_starts_as_the_base(init: str, r: int) -> None:
     assert not base.weight.requires_grad
     assert torch.count_nonzero(adapted.delta_weight()) == 0
     assert adapted.lora_E.requires_grad == (init != "lora")
+
+
+def test_from_zero_lambda_is_trained_from_one() -> None:
+    zero, lora = (
+        FusedSVDLinear(6, 5, 3, init=init, generator=torch.Generator().manual_seed(0)) for init in ("zero", "lora")
+    )
+    assert torch.equal(zero.lora_Q, lora.lora_Q)
+    assert zero.lora_E.tolist() == lora.lora_E.tolist() == [1.0] * 3
+    assert torch.count_nonzero(zero.lora_P) == 0
+    assert FusedSVDLinear(6, 5, 3, init="zero", init_lambda=0.5).lora_E.tolist() == [0.5] * 3
+    with pytest.raises(ValueError, match="expected init_lambda other than 0 with init='zero'"):
+        FusedSVDLinear(6, 5, 3, init="zero", init_lambda=0.0)
 
 
 @pytest.mark.parametrize(("r", "wide"), [(3, True), (5, True), (9, False)])

@@ -29,7 +29,9 @@ def test_every_trainable_parameter_once(net, config, save) -> None:
     assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in groups]
 
 
-@pytest.mark.parametrize(("init", "ratio"), [("orthonormal", DEFAULT_LAMBDA_LR_RATIO), ("gaussian", 1.0)])
+@pytest.mark.parametrize(
+    ("init", "ratio"), [("orthonormal", DEFAULT_LAMBDA_LR_RATIO), ("gaussian", 1.0), ("zero", 1.0)]
+)
 def test_default_ratio_follows_the_start(net, config, init, ratio) -> None:
     groups = igulora.param_groups(igulora.adapt(net(), config(init=init)), lr=1.0)
     assert groups[1]["lr"] == ratio
