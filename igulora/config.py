@@ -23,15 +23,18 @@ _SHARED: dict[str, Any] = {
     "orthogonality": 0.1,
     "importance": "sensitivity",
 }
+# P = 0 learns faster than unit directions, which must turn before they help (docs/choices.md); what looks at lambda as at a spectrum
+# starts from those.
+_FROM_ZERO: dict[str, Any] = {**_SHARED, "init": "zero"}
 _FIXED: dict[str, Any] = {**_SHARED, "estimator": "instantaneous", "init": "lora", "orthogonality": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
-    "igu": _SHARED,
+    "igu": _FROM_ZERO,
     "adalora": {**_SHARED, "estimator": "instantaneous", "combine": "product", "lambda_score": "score", "window": 1},
     "lora": _FIXED,
     "ralora": _FIXED,
     "ralora-pro": _FIXED,
-    "random": {**_SHARED, "estimator": "instantaneous"},
-    "magnitude": {**_SHARED, "estimator": "instantaneous"},
+    "random": {**_FROM_ZERO, "estimator": "instantaneous"},
+    "magnitude": {**_FROM_ZERO, "estimator": "instantaneous"},
     "flexlora": {
         **_SHARED, "estimator": "instantaneous", "combine": "product", "lambda_score": "score", "window": 1, "importance": "entropy",
     },

@@ -72,6 +72,8 @@ def read_peft(directory: str | Path, config: IGUConfig | None = None, *, step: i
         raise ValueError(
             "expected blocks=1 to go on with an adapter of PEFT, whose triplets span whole matrices, got blocks"
         )
+    if config is not None and config.init == "zero":
+        config = dataclasses.replace(config, init="orthonormal")  # what the rows are: it says how fast lambda may learn
     meta = PeftConfig.read(directory)
     if step is not None and meta.kind != "ADALORA":
         raise ValueError(

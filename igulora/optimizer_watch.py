@@ -46,11 +46,10 @@ class OptimizerWatch:
         self._idle += 1
         if self._idle < _PATIENCE or self._kept is None or _capturing(self._kept):
             return
-        kept, weight, vectors = self._kept, self._bank.weight, self._bank.layout.lambda_offset
-        moved = (kept.shape, kept.device) != (weight.shape, weight.device)
-        if moved or not torch.equal(kept, weight):
-            # An allocation writes to lambda as well: alone it does not tell.
-            self._settled = not moved and not torch.equal(kept[:vectors], weight[:vectors])
+        kept, vectors = self._kept, self._vectors()
+        moved = (kept.shape, kept.device) != (vectors.shape, vectors.device)
+        if moved or not torch.equal(kept, vectors):
+            self._settled = not moved
             self._idle, self._kept = 0, None
             return
         if overflowed(self._model):
@@ -74,7 +73,11 @@ class OptimizerWatch:
     def keep(self) -> None:
         """Call at the end of each step, when the adapters are what the next training pass will find."""
         if self._idle and self._kept is None:
-            self._kept = self._bank.weight.clone()
+            self._kept = self._vectors().clone()
+
+    def _vectors(self) -> Tensor:
+        """P and Q; an allocation writes to lambda, too."""
+        return self._bank.weight[: self._bank.layout.lambda_offset]
 
 
 def _capturing(weight: Tensor) -> bool:

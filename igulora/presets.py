@@ -34,6 +34,7 @@ class Preset:
     beta1: float = 0.85
     beta2: float = 0.85
     eps: float = 1e-6
+    init: str = "orthonormal"
     orthogonality: float = 0.1
     estimator: str = "trapezoid"
     include_f0: bool = True
@@ -45,7 +46,7 @@ class Preset:
         ``total_steps`` is not among them: it follows from the size of the data. The path's own fields (``estimator``, ``nodes``,
         ``window``) are set for "igu" only; the other methods have values of their own for them.
         """
-        names = ["r", "target_rank", "t_init", "delta_t", "t_final", "beta1", "beta2", "eps", "orthogonality"]
+        names = ["r", "target_rank", "t_init", "delta_t", "t_final", "beta1", "beta2", "eps", "init", "orthogonality"]
         if method in ("igu", "igu-flex"):
             names += ["estimator", "nodes", "window", "include_f0"]
         elif method in FIXED_RANK:

@@ -78,6 +78,7 @@ def config() -> Callable[..., igulora.IGUConfig]:
             "delta_t": 2,
             "window": 2,
             "ig_every": 1,
+            "init": "orthonormal",
             "orthogonality": 0.0,
         }
         return igulora.IGUConfig(**{**options, **changes})

@@ -52,6 +52,7 @@ class Study:
             window=self.window,
             estimator="instantaneous",
             path_pass="separate",
+            init="orthonormal",
         )
 
 

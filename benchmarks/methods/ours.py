@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -43,7 +43,9 @@ class Igulora(Method):
     options: ClassVar[dict[str, object]] = {}
 
     def __init__(self, model: nn.Module, case: Case) -> None:
-        window = igulora.IGUConfig(total_steps=case.total_steps, **self.options).window
+        # The dearer of the two starts, with the orthogonality penalty; which of them it is changes nothing else of a step.
+        options: dict[str, Any] = {"init": "orthonormal", **self.options}
+        window = igulora.IGUConfig(total_steps=case.total_steps, **options).window
         self.config = igulora.IGUConfig(
             r=case.rank,
             target_rank=case.target_rank,
@@ -52,7 +54,7 @@ class Igulora(Method):
             t_final=case.total_steps // 4,
             delta_t=1,
             target_modules=case.target_modules,
-            **self.options,
+            **options,
         )
         super().__init__(igulora.adapt(model, self.config), case)
         self._optimize(igulora.param_groups(self.model, lr=1e-4))

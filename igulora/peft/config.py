@@ -37,7 +37,7 @@ class IGULoraConfig(PeftConfig, IGUConfig):
         target_modules: name endings, a regular expression or "all-linear"; None for what PEFT's AdaLoRA adapts in that architecture.
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern, trainable_token_indices: as in PEFT.
         rank_pattern: regular expression over the ends of names -> stored triplets.
-        init_lora_weights: False draws lambda from N(0, 1) instead of starting at ``init_lambda``, so that a fresh adapter changes outputs.
+        init_lora_weights: False draws lambda from N(0, 1), and P where it would start at zero, so that a fresh adapter changes outputs.
         seed: of the start; None draws it from PyTorch's generator, as PEFT does.
         bias, fan_in_fan_out: AdaLoRA's; ``bias`` can only be "none", and layers say themselves how their weight lies.
 

@@ -82,7 +82,7 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
             r, options: of :class:`igulora.kinds.LayerAdapter`.
             scale: factor of the update.
             trained: whether the adapter is to be trained when it is active.
-            nonzero: draw lambda from N(0, 1).
+            nonzero: draw lambda from N(0, 1), and rows of P of about unit length where they start at zero.
             recompute_inputs: as in :class:`igulora.IGUConfig`.
         """
         adapter: Any = adapter_of(self.base, r, **options)
@@ -92,6 +92,8 @@ class IGULoraLayer(nn.Module, BaseTunerLayer):
         if nonzero and adapter.lora_E.device.type != "meta":
             with torch.no_grad():
                 adapter.lora_E.copy_(torch.randn(r))
+                if not adapter.lora_P.any():
+                    adapter.lora_P.copy_(torch.randn(adapter.lora_P.shape) * adapter.p_length**-0.5)
         self.igu_adapters[adapter_name] = adapter
         self.set_adapter(self.active_adapters, inference_mode=not trained)
 

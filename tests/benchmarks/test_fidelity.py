@@ -44,7 +44,9 @@ class Toy:
 
     def __init__(self) -> None:
         self.model = load_model(MODELS["tiny"]).double().eval()
-        config = igulora.IGUConfig(r=3, target_rank=2, total_steps=1000, window=WINDOW, path_pass="separate")
+        config = igulora.IGUConfig(
+            r=3, target_rank=2, total_steps=1000, window=WINDOW, path_pass="separate", init="orthonormal"
+        )
         igulora.adapt(self.model, config)
         self.config = config
         self.bank = igulora.find_bank(self.model)

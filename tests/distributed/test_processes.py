@@ -55,7 +55,7 @@ TWO |= {
     "ddp: blocks, separate, checkpoints": {
         "config": {**BLOCKS, **ESTIMATORS["gauss, separate"]}, "recompute": "non-reentrant"
     },
-    "ddp: ralora": {"config": {"method": "ralora", "blocks": 3, "r": 4}},
+    "ddp: ralora": {"config": {"method": "ralora", "blocks": 3, "r": 4, "init": "lora"}},
     "fsdp2: blocks": {"config": {**BLOCKS, "estimator": "gauss"}, "fully_sharded": True},
 }  # fmt: skip
 TWO |= {

@@ -29,7 +29,7 @@ from igulora.checkpoint import load_checkpoint, save_checkpoint
 STEPS, ROWS, WIDTH = 20, 8, 6
 SCHEDULE: dict[str, Any] = {
     "r": 4, "target_rank": 2, "total_steps": STEPS, "t_init": 7, "t_final": 5, "delta_t": 2, "window": 2, "ig_every": 1,
-    "ig_fraction": 1.0, "init_lambda": 0.3,
+    "ig_fraction": 1.0, "init": "orthonormal", "init_lambda": 0.3,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def problem() -> tuple[nn.Module, dict[str, torch.Tensor]]:
     folder = minilm_folder()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).double().eval()
     config = igulora.IGUConfig(
-        r=3, target_rank=2, total_steps=100, window=1, target_modules=["query", "value", "dense"]
+        r=3, target_rank=2, total_steps=100, window=1, init="orthonormal", target_modules=["query", "value", "dense"]
     )
     config.exclude_modules.append("pooler.dense")
     igulora.adapt(model, config)

@@ -47,6 +47,12 @@ def test_scale_is_alpha_over_the_initial_rank() -> None:
     assert IGUConfig(r=0, target_rank=0, lora_alpha=16, **STEPS).scale == 1.0
 
 
+def test_who_starts_from_zero() -> None:
+    starts = {method: IGUConfig(method, r=4, **STEPS).init for method in METHODS}
+    assert {method for method, init in starts.items() if init == "zero"} == {"igu", "random", "magnitude"}
+    assert {method for method, init in starts.items() if init == "lora"} == set(FIXED_RANK)
+
+
 def test_what_follows_from_a_start_at_zero() -> None:
     one, zero, lora = (IGUConfig(r=4, total_steps=500, init=init) for init in ("orthonormal", "zero", "lora"))
     assert (one.init_lambda, zero.init_lambda) == (0.0, 1.0)

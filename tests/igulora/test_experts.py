@@ -53,7 +53,7 @@ def build(kind: str = "Mixtral", **changes: Any) -> nn.Module:
 def options(**changes: Any) -> igulora.IGUConfig:
     values = {
         "r": 3, "target_rank": 1, "total_steps": 20, "t_init": 7, "t_final": 5, "delta_t": 2, "window": 2, "ig_every": 1,
-        "ig_fraction": 1.0, "target_modules": [], "target_parameters": EXPERTS, "lora_alpha": 6,
+        "ig_fraction": 1.0, "init": "orthonormal", "target_modules": [], "target_parameters": EXPERTS, "lora_alpha": 6,
     }  # fmt: skip
     return igulora.IGUConfig(**{**values, **changes})
 

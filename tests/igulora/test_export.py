@@ -53,7 +53,9 @@ def trained_look(model: nn.Module, seed: int = 1) -> None:
 
 
 def options(**changes) -> igulora.IGUConfig:
-    return igulora.IGUConfig(**{"r": 4, "target_rank": 2, "total_steps": 200, "lora_alpha": 6, **changes})
+    return igulora.IGUConfig(
+        **{"r": 4, "target_rank": 2, "total_steps": 200, "lora_alpha": 6, "init": "orthonormal", **changes}
+    )
 
 
 def load_in_peft(base: nn.Module, folder: Path) -> nn.Module:

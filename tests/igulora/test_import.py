@@ -152,6 +152,9 @@ def test_more_triplets_than_the_lora_has_start_at_nothing(tmp_path, method) -> N
     config = igulora.IGUConfig(method=method, r=7, total_steps=200, lora_alpha=14)
     ours = igulora.import_peft(llama(), tmp_path, config)
     same_outputs(ours, theirs, llama())
+    assert ours.igulora_config.init == (
+        "lora" if method == "lora" else "orthonormal"
+    )  # lambda learns as fast as suits the rows
     for layer in adapted_layers(ours):
         assert layer.r == 7
         assert layer.scale == 2.0

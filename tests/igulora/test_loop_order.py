@@ -41,7 +41,7 @@ def test_zero_grad_before_step(options: dict[str, object]) -> None:
     [
         ({"estimator": "gauss"}, r"expected ctl.backward\(loss_fn, batch\) for estimator='gauss'"),
         ({"method": "adalora"}, r"expected ctl.regularise\(\) between"),
-        ({"method": "random"}, r"expected ctl.regularise\(\) between"),
+        ({"method": "random", "orthogonality": 0.1}, r"expected ctl.regularise\(\) between"),
     ],
 )
 def test_a_backward_of_the_users_own(options: dict[str, object], match: str) -> None:

@@ -35,7 +35,7 @@ def test_common_values(name):
     assert (preset.r, preset.target_rank) == ((2, 1) if name in GLUE else (32, 16))
     assert preset.epochs == (15 if name == "MMLU" else 25)
     assert (preset.eps, preset.window, preset.nodes, preset.beta1, preset.beta2) == (1e-6, 16, 20, 0.85, 0.85)
-    assert (preset.orthogonality, preset.max_length, preset.patience) == (0.1, 512, 10)
+    assert (preset.init, preset.orthogonality, preset.max_length, preset.patience) == ("orthonormal", 0.1, 512, 10)
 
 
 @pytest.mark.parametrize("method", ["igu", "adalora", "lora", "random", "magnitude"])

@@ -189,7 +189,15 @@ def shaken(model: nn.Module, seed: int = 1, size: float = 1.0) -> nn.Module:
 
 
 def adapted(case: Case, **options: Any) -> nn.Module:
-    config = {"r": 4, "target_rank": 2, "total_steps": 100, "window": 4, "target_modules": case.targets, **options}
+    config = {
+        "r": 4,
+        "target_rank": 2,
+        "total_steps": 100,
+        "window": 4,
+        "init": "orthonormal",
+        "target_modules": case.targets,
+        **options,
+    }
     return shaken(igulora.adapt(case.build(), igulora.IGUConfig(**config)))
 
 

@@ -204,7 +204,7 @@ def test_a_small_update_is_lost_in_nf4_and_the_warning_says_so() -> None:
     source = nn.Linear(256, 256)
     nn.init.normal_(source.weight, std=0.02)
     model = nn.Sequential(bnb4(source=source))
-    igulora.adapt(model, igulora.IGUConfig(r=16, target_rank=8, total_steps=99))
+    igulora.adapt(model, igulora.IGUConfig(r=16, target_rank=8, total_steps=99, init="orthonormal"))
     layer = model[0]
     nn.init.normal_(layer.lora_E)
     with torch.no_grad():

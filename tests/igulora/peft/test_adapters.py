@@ -35,9 +35,20 @@ def test_a_fresh_adapter_leaves_the_outputs_bit_by_bit(llama: Any, options: Any,
     assert torch.equal(say(peft.get_peft_model(llama(), options()), batch), before)
 
 
+@pytest.mark.parametrize("init", ["zero", "orthonormal"])
+def test_without_initialisation_a_fresh_adapter_changes_outputs(
+    llama: Any, options: Any, batch: Any, say: Any, init: str
+) -> None:
+    """PEFT's own tests make adapters with effect so."""
+    before = say(llama(), batch)
+    model = peft.get_peft_model(llama(), options(init=init, init_lora_weights=False))
+    assert not torch.allclose(say(model, batch), before, atol=1e-3)
+
+
 def test_the_model_computes_what_adapt_computes(llama: Any, options: Any, batch: Any, say: Any) -> None:
     ours = igulora.adapt(
-        llama(), igulora.IGUConfig(r=4, target_rank=2, total_steps=100, window=2, seed=5, lora_alpha=8)
+        llama(),
+        igulora.IGUConfig(r=4, target_rank=2, total_steps=100, window=2, seed=5, lora_alpha=8, init="orthonormal"),
     )
     theirs = peft.get_peft_model(llama(), options(seed=5, lora_alpha=8))
     mine, their = igulora.find_bank(ours), igulora.find_bank(theirs)
@@ -84,7 +95,7 @@ def test_only_the_active_adapter_is_trained(llama: Any, options: Any, batch: Any
 
 
 def test_lambda_of_the_lora_start_stays_out_of_training(llama: Any, options: Any) -> None:
-    model = peft.get_peft_model(llama(), options(method="lora"))
+    model = peft.get_peft_model(llama(), options(method="lora", init="lora"))
     for _ in range(2):
         names = {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad}
         assert names == {"lora_P", "lora_Q"}

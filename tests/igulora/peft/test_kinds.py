@@ -126,7 +126,7 @@ def stack(request: pytest.FixtureRequest) -> Callable[[], tuple[nn.Module, Tenso
 def config(targets: list[str], **changes: Any) -> IGULoraConfig:
     values: dict[str, Any] = {
         "r": 4, "target_rank": 2, "total_steps": 20, "t_init": 7, "t_final": 5, "delta_t": 2, "window": 2, "ig_every": 1, "seed": 3,
-        "target_modules": targets,
+        "init": "orthonormal", "target_modules": targets,
     }  # fmt: skip
     return IGULoraConfig(**{**values, **changes})
 
@@ -180,7 +180,8 @@ def test_the_method_trains_what_adapt_trains(made: Made) -> None:
     make, targets = made
     (plain, x), (base, _) = make(), make()
     ours = igulora.adapt(plain, igulora.IGUConfig(
-        r=4, target_rank=2, total_steps=20, t_init=7, t_final=5, delta_t=2, window=2, ig_every=1, seed=3, target_modules=targets,
+        r=4, target_rank=2, total_steps=20, t_init=7, t_final=5, delta_t=2, window=2, ig_every=1, seed=3, init="orthonormal",
+        target_modules=targets,
     ))  # fmt: skip
     theirs = peft.get_peft_model(base, config(targets))
     assert torch.equal(theirs(x), make()[0](x))
@@ -368,8 +369,8 @@ def test_gradients_come_through_a_quantised_layer_whose_adapter_is_not_active(
     stack: Callable[[], tuple[nn.Module, Tensor]],
 ) -> None:
     model, x = stack()
-    model = peft.get_peft_model(model, config(["first"], method="lora"))
-    model.add_adapter("b", config(["base"], method="lora"))
+    model = peft.get_peft_model(model, config(["first"], method="lora", init="lora"))
+    model.add_adapter("b", config(["base"], method="lora", init="lora"))
     model(x).square().sum().backward()
     # The base of the stack without an adapter of its own computes with its dense weight.
     base = inner(model).base
