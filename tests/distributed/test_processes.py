@@ -84,13 +84,10 @@ for passes, kinds in zip(PASSES, (("non-reentrant", "reentrant"), ("reentrant", 
 UNEVEN = ("trapezoid, mixed", "trapezoid with f(0), separate", "on-path", "instantaneous")
 TWO |= {f"uneven: {name}": {"config": ESTIMATORS[name], "uneven": [3, 1]} for name in UNEVEN}
 FOUR: dict[str, dict[str, Any]] = {
-    f"four, ddp: {name}": {"config": ESTIMATORS[name]} for name in ("gauss, mixed", "gauss, separate", "on-path", "adalora")
+    f"four, ddp: {name}": {"config": ESTIMATORS[name]} for name in ("gauss, mixed", "adalora")
 } | {
     "four, stratified, bucket views": {"config": ESTIMATORS["stratified, mixed"], "wrap": WRAPS["bucket views"]},
     "four, fsdp2: gauss, mixed": {"config": ESTIMATORS["gauss, mixed"], "fully_sharded": True},
-    "four, fsdp2: gauss, separate, checkpoints": {
-        "config": ESTIMATORS["gauss, separate"], "fully_sharded": True, "recompute": "non-reentrant"
-    },
     "four, uneven: trapezoid, mixed": {"config": ESTIMATORS["trapezoid, mixed"], "uneven": [2, 2, 2, 1]},
 }  # fmt: skip
 # Equal in all processes, though not what one process gets: other sequences, or absolute values of each process's own samples.
