@@ -187,6 +187,7 @@ def test_labels_differ(scripts: dict[str, ModuleType], monkeypatch: pytest.Monke
         scripts["compile_report"].specimens(module, "sm_80")
 
 
+@pytest.mark.long
 def test_faults_are_found(tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     done = report("--module", "toy_faults", "--arch", "sm_80", "--check", output=output)
@@ -211,6 +212,7 @@ def test_faults_are_found(tmp_path: Path) -> None:
     assert "the compiler ended the process" in done.stdout
 
 
+@pytest.mark.long
 def test_kernels_without_fault_pass(tmp_path: Path) -> None:
     output = tmp_path / "report.json"
     done = report("--module", "toy_kernels", "--arch", "sm_80", "sm_90", "sm_100", "gfx942", "--check", output=output)
