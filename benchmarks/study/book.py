@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from igulora import IGUConfig
+
 from ..recipes import resolved
 from .configuring import recipe
-from .plan import Run, Study
+from .plan import Run, Study, Training
 
 try:
     import fcntl
@@ -100,7 +102,7 @@ class Book:
         if record is None or run.key in self._known:
             return record
         wanted = json.loads(json.dumps(settings(study, run)))
-        kept = _with_later_fields(record["settings"], wanted)
+        kept = _with_later_fields(record["settings"])
         different = [name for name in wanted if kept.get(name) != wanted[name]]
         if different:
             raise ValueError(
@@ -120,10 +122,13 @@ class Book:
         return record
 
 
-def _with_later_fields(recorded: Record, wanted: Record) -> Record:
-    """Settings with the fields that Training and IGUConfig had not yet: those had no effect then. All else is as it was recorded."""
-    filled = {**recorded, "training": {**wanted["training"], **recorded["training"]}}
-    if wanted["method"]["library"] == "igulora":
-        options = {**wanted["config"]["options"], **recorded["config"]["options"]}
+def _with_later_fields(recorded: Record) -> Record:
+    """Settings with the fields that Training and IGUConfig had not yet, at their defaults. All else is as it was recorded."""
+    filled = {**recorded, "training": {**dataclasses.asdict(Training()), **recorded["training"]}}
+    if recorded["method"]["library"] == "igulora":
+        try:
+            options = IGUConfig.from_dict(recorded["config"]["options"]).to_dict()
+        except (ValueError, TypeError):  # an option that no longer is, or no longer fits
+            return filled
         filled["config"] = {**recorded["config"], "options": options}
     return filled

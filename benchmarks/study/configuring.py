@@ -7,7 +7,7 @@ import inspect
 import torch
 
 import igulora
-from igulora.config import FIXED_RANK, METHODS
+from igulora.config import BIDIRECTIONAL, FIXED_RANK, METHODS
 from igulora.errors import check_choice
 
 from ..recipes import Recipe, our_config, peft_config
@@ -15,9 +15,11 @@ from .plan import MethodSpec, Run, Study, Training
 
 
 def _schedule(training: Training) -> dict[str, int]:
-    """Ranks change from the third window, or a tenth of the run, to four fifths of it, every second step: in all methods alike."""
-    first = max(training.steps // 10, 3 * training.window + 1)
-    return {"total_steps": training.steps, "t_init": first, "t_final": training.steps // 5, "delta_t": 2}
+    """When ranks change, in all methods alike: as the study says, or as IGU-LoRA does by default."""
+    names = ("t_init", "t_final", "delta_t")
+    given = {name: getattr(training, name) for name in names}
+    filled = igulora.IGUConfig(total_steps=training.steps, window=training.window, **given)
+    return {"total_steps": training.steps} | {name: getattr(filled, name) for name in names}
 
 
 def recipe(run: Run, method: MethodSpec, training: Training) -> Recipe:
@@ -25,6 +27,8 @@ def recipe(run: Run, method: MethodSpec, training: Training) -> Recipe:
     options = dict(method.options)
     if method.library == "igulora" and method.method not in FIXED_RANK:
         options.setdefault("window", min(METHODS[method.method]["window"], training.window))
+        if method.method not in BIDIRECTIONAL:
+            options.setdefault("budget_unit", training.budget_unit)
     return Recipe(
         method.library,
         method.method,

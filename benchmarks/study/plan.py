@@ -70,6 +70,8 @@ class Training:
         rows: of a batch. stretch: batches whose rows are sorted by length together, so that little is padded; 1 leaves rows as drawn.
         warmup: fraction of the steps in which the learning rate rises, before it falls to zero.
         window: micro-batches per score update, for methods that have no shorter one.
+        t_init, t_final, delta_t: the schedule of all methods whose ranks change; None for what IGU-LoRA has by default.
+        budget_unit: what budgets count in methods that prune: "rank", or "parameters", so that all end with as many as a fixed rank.
         dtype: of the frozen weights; adapters and heads train in float32. dropout: of the frozen model.
         order: another one draws another order of rows, all else as it was.
         watch: matrices whose score series are kept. remove: validation rows on which the trained model is judged without each matrix.
@@ -80,7 +82,11 @@ class Training:
     stretch: int = 8
     warmup: float = 0.06
     weight_decay: float = 0.0
-    window: int = 8
+    window: int = 16
+    t_init: int | None = None
+    t_final: int | None = None
+    delta_t: int | None = None
+    budget_unit: str = "rank"
     dtype: str = "bfloat16"
     dropout: float = 0.0
     order: int = 0

@@ -42,6 +42,7 @@ from typing import Any
 
 import tomllib
 
+from igulora.config import CHOICES
 from igulora.errors import check_choice, nearest
 
 from .plan import DATA, DTYPES, JUDGES, LIBRARIES, Budget, MethodSpec, Study, TaskSpec, Training
@@ -107,6 +108,7 @@ def _check_study(study: Study, path: Path) -> None:
     for name, method in study.methods.items():
         _filled(Training, method.training, f"training of [methods.{name}]")
         check_choice(f"dtype of [methods.{name}]", study.training_of(name).dtype, DTYPES)
+        check_choice(f"budget_unit of [methods.{name}]", study.training_of(name).budget_unit, CHOICES["budget_unit"])
         if not set(method.budgets) <= set(study.budgets) or study.pick_at not in {None, *study.budgets_of(name)}:
             raise ValueError(
                 f"expected budgets of [methods.{name}] among those of the study, with pick_at, got "
@@ -172,7 +174,7 @@ def _filled(kind: type, table: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     _check_keys(table, tuple(fields), where)
     for name, value in table.items():
-        wanted = {"int": int, "float": (int, float), "str": str}[str(fields[name].type)]
+        wanted = {"int": int, "int | None": int, "float": (int, float), "str": str}[str(fields[name].type)]
         if isinstance(value, bool) or not isinstance(value, wanted) or (wanted is not str and value < 0):
             raise ValueError(f"expected {name} in {where} to be a number >= 0 or a name, as its default, got {value!r}")
         if name in _AT_LEAST_ONE and value < 1:
