@@ -61,7 +61,8 @@ def sentences(source: str = "movie") -> list[Sentence]:
 def examples(task: str, held_out: int, source: str = "movie", seed: int = 0) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples in a fixed order: "polarity" (sign of the rating, neutral ones left out) or "rating".
 
-    All sentences of one review are on one side; of those that are the same but for capitals and signs the first stays.
+    All sentences of one review are on one side, where the archive tells reviews apart: those of products it does, of movies it does not. Of
+    sentences that are the same but for capitals and signs the first stays.
     """
     rows = sentences(source)
     random.Random(seed).shuffle(rows)

@@ -116,7 +116,11 @@ class Book:
         """Append the result of a run, inside :meth:`writing`; it is on the disk when this returns."""
         assert self._file is not None
         record = {"key": run.key, "settings": settings(study, run), **found}
-        self._file.write((json.dumps(record) + "\n").encode())
+        line = (json.dumps(record) + "\n").encode()
+        if self._file.write(line) != len(line):  # a full disk takes part of it
+            raise OSError(
+                f"expected room for {len(line)} bytes at the end of {self.path}, there is less; free some and go on"
+            )
         os.fsync(self._file.fileno())
         self.records[run.key] = record
         return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from .book import Book, Record
@@ -15,10 +14,7 @@ Found = dict[str, dict[Pair, Record]]
 
 
 def results(study: Study, book: Book, method: str) -> dict[Pair, Record]:
-    """The finished runs of a method that count, with the learning rate that was picked, by task, budget and seed.
-
-    Where validation rows judge, the first seed does not count: they have picked its learning rate.
-    """
+    """The finished runs of a method that count, with the learning rate that was picked, by task, budget and seed."""
     found: dict[Pair, Record] = {}
     for task in study.tasks:
         for budget in study.budgets_of(method):
@@ -37,18 +33,11 @@ def value(study: Study, record: Record) -> float:
 
 
 def difference(study: Study, ours: dict[Pair, Record], theirs: dict[Pair, Record]) -> Difference | None:
-    """Of the runs that both have done; None without any.
-
-    Runs of one task and seed share rows, their order and the head, whatever their budget: their differences are averaged first. Seeds are
-    resampled within each task.
-    """
-    found: dict[str, dict[int, list[float]]] = {}
+    """Of the runs that both have done; None without any. Seeds are resampled within each task and budget."""
+    found: dict[tuple[str, Budget], list[float]] = {}
     for pair in sorted(ours.keys() & theirs.keys()):
-        task, _, seed = pair
-        found.setdefault(task, {}).setdefault(seed, []).append(value(study, ours[pair]) - value(study, theirs[pair]))
-    return (
-        bootstrap([[statistics.fmean(part) for part in seeds.values()] for seeds in found.values()]) if found else None
-    )
+        found.setdefault(pair[:2], []).append(value(study, ours[pair]) - value(study, theirs[pair]))
+    return bootstrap(list(found.values())) if found else None
 
 
 def found_by_method(study: Study, book: Book) -> Found:
@@ -57,12 +46,15 @@ def found_by_method(study: Study, book: Book) -> Found:
 
 
 def comparisons(study: Study, found: Found, others: Sequence[str] | None = None) -> dict[tuple[str, str], Difference]:
-    """Every method minus each of ``others``: by default those that the study compares with, or without any each with each."""
+    """Every method minus those that it, or its study, is compared with; of these only ``others`` where they are given.
+
+    Without any in the whole study each is compared with each.
+    """
     names = [name for name in study.methods if found[name]]
     gaps = {
         (one, other): difference(study, found[one], found[other])
-        for other in others or study.against or names
         for one in names
-        if one != other
+        for other in study.against_of(one)
+        if one != other and (others is None or other in others)
     }
     return {pair: gap for pair, gap in gaps.items() if gap is not None}

@@ -122,23 +122,35 @@ def done(study: Study, book: Book) -> int:
     return len({run for group in study.groups() for run in runs_of(study, book, *group) if book.find(study, run)})
 
 
-def again(study: Study, book: Book, key: str) -> tuple[Record, Record]:
-    """A recorded run and what it gives now, on this machine and with this code, with as many threads.
+def row(study: Study, book: Book, key: str) -> list[Run]:
+    """The recorded runs that count in a row of the tables, "TASK/METHOD/R-TARGET", or the one of a whole key.
 
     Raises:
         ValueError: the book has no such run, or the study no longer has it.
     """
-    if key not in book.records:
-        raise ValueError(f"expected the key of a recorded run, got {key!r}.{nearest(key, book.records)}")
-    runs = study.possible()
-    if key not in runs:
+    known = {**{"/".join(key.split("/")[:3]): None for key in book.records}, **book.records}
+    if key not in known:
         raise ValueError(
-            f"expected a run that the study's file still asks for, got {key!r}; put its method, budget, rate and seed back"
+            f"expected the key of a recorded run, or its first three parts, got {key!r}.{nearest(key, known)}"
         )
-    record = book.find(study, runs[key])
+    runs = study.possible()
+    if key in book.records:
+        if key not in runs:
+            raise ValueError(
+                f"expected a run that the study's file still asks for, got {key!r}; put its method, budget, rate and seed back"
+            )
+        return [runs[key]]
+    [group] = [group for group in study.groups() if "/".join(map(str, group)) == key] or [None]
+    counting = [] if group is None else runs_of(study, book, *group)[len(study.learning_rates) :]
+    return [run for run in counting if book.find(study, run)]
+
+
+def again(study: Study, book: Book, run: Run) -> tuple[Record, Record]:
+    """A recorded run and what it gives now, on this machine and with this code, with as many threads."""
+    record = book.find(study, run)
     assert record is not None
     torch.set_num_threads(record["threads"])
-    return record, _train(*_work(study, runs[key]))
+    return record, _train(*_work(study, run))
 
 
 def _missing(study: Study, book: Book, underway: set[Run], most: int) -> list[Run]:

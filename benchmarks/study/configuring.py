@@ -22,6 +22,11 @@ def _schedule(training: Training) -> dict[str, int]:
     return {"total_steps": training.steps} | {name: getattr(filled, name) for name in names}
 
 
+def start_seed(run: Run, training: Training) -> int:
+    """What draws the head, the adapters' start and the nodes; the order of rows has the run's own."""
+    return 0 if training.varies == "order" else run.seed
+
+
 def recipe(run: Run, method: MethodSpec, training: Training) -> Recipe:
     """What a run's method trains with."""
     options = dict(method.options)
@@ -35,7 +40,7 @@ def recipe(run: Run, method: MethodSpec, training: Training) -> Recipe:
         *run.budget,
         schedule=_schedule(training),
         rate=run.learning_rate,
-        seed=run.seed,
+        seed=start_seed(run, training),
         optimizer={"weight_decay": training.weight_decay, **method.optimizer},
         options=options,
         trace=training.watch > 0,

@@ -63,16 +63,39 @@ def _link(document: Path, page_of: Path, text: str) -> str:
 
 
 def _list(document: Path, studies: list[tuple[Study, Book, Path]]) -> str:
-    """Every study: what it compares, how far it is and what it took."""
+    """Every study: what it compares, with how much training, how far it is and what it took."""
     rows = []
     for study, book, of in studies:
-        where = ", ".join(study.tasks)
-        hours = f"{core_hours(book.records.values()):.1f}"
-        rows.append([_link(document, of, study.name) if book.records else study.name, where, str(len(study.methods)),
-                     str(len(study.seeds)), f"{done(study, book)} of {study.count}", hours])  # fmt: skip
-    total = sum(core_hours(book.records.values()) for _, book, _ in studies)
-    rows.append(["all", "", "", "", "", f"{total:.1f}"])
-    return table(["study", "tasks", "methods", "seeds", "runs done", "hours of one core"], rows)
+        rows.append([
+            _link(document, of, study.name) if book.records else study.name,
+            ", ".join(study.tasks),
+            ", ".join(f"{budget.r} to {budget.target}" for budget in study.budgets),
+            str(len(study.methods)),
+            str(len(study.judged_seeds)),
+            f"{study.training.steps} × {study.training.rows} of {' or '.join(_counts(study))}",
+            ", ".join(f"{rate:g}" for rate in study.learning_rates),
+            f"{done(study, book)} of {study.count}",
+            f"{core_hours(book.records.values()):.1f}",
+        ])  # fmt: skip
+    hours = sum(core_hours(book.records.values()) for _, book, _ in studies)
+    rows.append(["all", *[""] * 7, f"{hours:.1f}"])
+    heads = [
+        "study",
+        "tasks",
+        "triplets",
+        "methods",
+        "seeds",
+        "steps × rows",
+        "learning rates",
+        "runs done",
+        "hours of one core",
+    ]
+    return table(heads, rows)
+
+
+def _counts(study: Study) -> list[str]:
+    """How many training rows its tasks have."""
+    return list(dict.fromkeys(f"{task.train:,}" for task in study.tasks.values()))
 
 
 def main(arguments: list[str] | None = None) -> int:

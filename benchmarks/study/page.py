@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,20 +36,28 @@ def page(study: Study, book: Book, pictures: Iterable[Path] = ()) -> str:
 def _head(study: Study, book: Book, done: int) -> str:
     """What was compared, how, and what it took; ``done`` of its runs count."""
     seeds = len(study.judged_seeds)
-    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
-    at = "" if study.pick_at is None else f" at r {study.pick_at.r} to {study.pick_at.target}"
-    near = f": the lowest within {study.tolerance:g} of the best" if study.tolerance else ""
     what = {
         "test": "test rows, which nothing was chosen by",
-        "validation": "validation rows, since the outcome chooses defaults; the first seed, whose learning rates they picked, is left out",
+        "validation": "validation rows, since the outcome chooses defaults",
     }
     return (
-        f"Made by `igulora study`; {done} of {len(study.groups()) * seeds} runs that count, {seeds} seeds. Learning rates from one grid "
-        f"for all ({rates}), picked{at} on validation rows with the first seed{near} (*: an end of the grid was picked). Values are of "
-        f"{what[study.judged_by]}: median (quartiles) over seeds. Parameters: what trains, at the start and with the triplets that live at "
-        f"the end. {len(book.records)} trainings took {core_hours(book.records.values()):.1f} hours of one core, learning rates included. "
-        "Any row is run again by `igulora study FILE.toml --again TASK/METHOD/R-TARGET/lrRATE/seedSEED`, the key of its line in "
-        "records.jsonl."
+        f"Made by `igulora study`; {done} of {len(study.groups()) * seeds} runs that count, {seeds} seeds. {_grid(study)} Values are of "
+        f"{what[study.judged_by]}: median (quartiles) and least over seeds. Parameters: what trains, at the start and with the triplets "
+        f"that live at the end. {len(book.records)} trainings took {core_hours(book.records.values()):.1f} hours of one core, those "
+        "that pick rates included. Any row is run again by `igulora study FILE.toml --again TASK/METHOD/R-TARGET`, any run with the whole "
+        "key of its line in records.jsonl."
+    )
+
+
+def _grid(study: Study) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    if len(study.learning_rates) == 1:
+        return f"The learning rate of all is {rates}."
+    at = "" if study.pick_at is None else f" at r {study.pick_at.r} to {study.pick_at.target}"
+    near = f": the lowest within {study.tolerance:g} of the best" if study.tolerance else ""
+    return (
+        f"Learning rates from one grid for all ({rates}), picked{at} on validation rows with a seed that does not count otherwise{near} "
+        "(*: an end of the grid was picked)."
     )
 
 
@@ -75,15 +84,16 @@ def _table(study: Study, found: Found, task: str, budget: Budget) -> list[str]:
             continue
         first = next(iter(here.values()))
         metric = first["metric"]
-        spread = Spread.of([value(study, record) for record in here.values()])
-        row = [f"`{method}`", spread.shown()]
+        reached = [value(study, record) for record in here.values()]
+        row = [f"`{method}`", Spread.of(reached).shown(), f"{min(reached):.3f}"]
         if reference is not None:
             gap = None if method == reference else difference(study, here, found[reference])
-            row.append("" if gap is None else shown(gap))
+            row.append("" if gap is None else shown(gap, emphasis=False))
         seconds = statistics.median(record["seconds"] for record in here.values())
         live = statistics.median(record["trained_at_end"] for record in here.values())
+        failed = sum(not math.isfinite(record[study.judged_by]["loss"]) for record in here.values())
         row += [
-            str(len(here)),
+            f"{len(here)}, {failed} diverged" if failed else str(len(here)),
             _rate(study, method, first),
             f"{first['trained_at_start']:,}",
             f"{live:,.0f}",
@@ -93,7 +103,7 @@ def _table(study: Study, found: Found, task: str, budget: Budget) -> list[str]:
     if not rows:
         return []
     minus = [] if reference is None else [f"minus `{reference}`"]
-    header = ["method", metric, *minus, "seeds", "learning rate", "parameters", "at the end", "training, s"]
+    header = ["method", metric, "least", *minus, "seeds", "learning rate", "parameters", "at the end", "training, s"]
     return [f"## {task}, r {budget.r} to {budget.target}", "", table(header, rows)]
 
 

@@ -11,8 +11,10 @@ from igulora.config import METHODS
 DATA = (
     "movie-polarity", "movie-rating", "product-rating", "tweet-rating", "bbc-news", "bbc-instructions", "school-mathematics",
 )  # fmt: skip
+VARIES = ("everything", "order", "start")
 DTYPES = ("bfloat16", "float16", "float32")
 JUDGES = ("test", "validation")
+SEEDS_APART = 100  # between a budget's seeds and the next one's
 LIBRARIES = {"igulora": tuple(METHODS), "peft": ("lora", "adalora", "dora")}
 
 
@@ -38,6 +40,7 @@ class MethodSpec:
         training: fields of :class:`Training` in which it differs from its study.
         rate_of: the method whose learning rate it takes, instead of a search of its own.
         budgets: of its study, those that it runs at; empty for all.
+        against: the methods that it is compared with; None for those of its study.
     """
 
     name: str
@@ -48,6 +51,7 @@ class MethodSpec:
     training: dict[str, Any] = field(default_factory=dict)
     rate_of: str | None = None
     budgets: tuple[Budget, ...] = ()
+    against: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Training:
         t_init, t_final, delta_t: the schedule of all methods whose ranks change; None for what IGU-LoRA has by default.
         budget_unit: what budgets count in methods that prune: "rank", or "parameters", so that all end with as many as a fixed rank.
         dtype: of the frozen weights; adapters and heads train in float32. dropout: of the frozen model.
-        order: another one draws another order of rows, all else as it was.
+        varies: what the seed draws: "everything", only the "order" of rows, or only the "start" (adapters, head and nodes).
         watch: matrices whose score series are kept. remove: validation rows on which the trained model is judged without each matrix.
     """
 
@@ -89,7 +93,7 @@ class Training:
     budget_unit: str = "rank"
     dtype: str = "bfloat16"
     dropout: float = 0.0
-    order: int = 0
+    varies: str = "everything"
     watch: int = 0
     remove: int = 0
 
@@ -115,10 +119,12 @@ class Study:
     """A whole file.
 
     Attributes:
+        seeds: of the first budget; the others have seeds of their own, so that runs at two budgets have nothing in common.
         pick_at: the budget at which learning rates are picked for all budgets; None lets each pick its own.
         tolerance: the lowest learning rate whose metric is at most so much below the best is picked.
         judged_by: the part of the rows ("test", "validation") that tables are made of.
-        against: the methods that the page compares all others with. maps: those whose ranks it draws by layer and module.
+        against: the methods that all are compared with that do not say with which; none for each with each.
+        maps: the methods whose ranks are drawn by layer and module.
     """
 
     name: str
@@ -136,8 +142,8 @@ class Study:
 
     @property
     def judged_seeds(self) -> tuple[int, ...]:
-        """The seeds whose runs count: without the first where validation rows judge, for they have picked its learning rate."""
-        return self.seeds if self.judged_by == "test" else self.seeds[1:]
+        """The seeds whose runs count: without the first, which picks the learning rates, where there are several."""
+        return self.seeds[1:] if len(self.learning_rates) > 1 else self.seeds
 
     def groups(self) -> list[Group]:
         """(task, method, budget) in the order in which they run: those that pick rates first, then budgets and tasks outside, so that
@@ -152,6 +158,11 @@ class Study:
             if budget in self.budgets_of(method)
         ]
 
+    def against_of(self, method: str) -> tuple[str, ...]:
+        """Those that a method is compared with."""
+        own = self.methods[method].against
+        return own if own is not None else self.against or tuple(self.methods)
+
     def budgets_of(self, method: str) -> tuple[Budget, ...]:
         """Those that a method runs at."""
         return self.methods[method].budgets or self.budgets
@@ -159,11 +170,14 @@ class Study:
     def searches(self, task: str, method: str, budget: Budget) -> list[Run]:
         """The runs whose validation rows pick the learning rate: the whole grid with the first seed."""
         owner, at = self.methods[method].rate_of or method, self.pick_at or budget
-        return [Run(task, owner, at, rate, self.seeds[0]) for rate in self.learning_rates]
+        return [Run(task, owner, at, rate, self._seed(self.seeds[0], at)) for rate in self.learning_rates]
 
     def repeats(self, task: str, method: str, budget: Budget, rate: float) -> list[Run]:
-        """The runs that count, with the learning rate that was picked; that of the first seed may be one of the searches."""
-        return [Run(task, method, budget, rate, seed) for seed in self.judged_seeds]
+        """The runs that count, with the learning rate that was picked."""
+        return [Run(task, method, budget, rate, self._seed(seed, budget)) for seed in self.judged_seeds]
+
+    def _seed(self, seed: int, budget: Budget) -> int:
+        return seed + SEEDS_APART * self.budgets.index(budget)
 
     def possible(self) -> dict[str, Run]:
         """By key, every run that it may ask for, whichever learning rates are picked."""
@@ -180,12 +194,5 @@ class Study:
     @property
     def count(self) -> int:
         """Trainings in all."""
-        searched = self._searched()
-        first = set(self.groups()) - {
-            (run.task, run.method, run.budget) for run in searched
-        }  # run with the first seed, too
-        return (
-            len(searched)
-            + len(first) * (self.seeds[0] in self.judged_seeds)
-            + len(self.groups()) * (len(self.seeds) - 1)
-        )
+        repeated = {run for group in self.groups() for run in self.repeats(*group, self.learning_rates[0])}
+        return len(self._searched() - repeated) + len(repeated)

@@ -1,13 +1,13 @@
 """A study's TOML file, read and checked as a whole before anything runs.
 
 name = "main"
-seeds = [0, 1, 2, 3, 4]
-learning_rates = [1e-3, 2e-3, 4e-3]      # one grid for all methods; picked on validation rows, with the first seed
+seeds = [0, 1, 2, 3, 4, 5]               # the first picks the learning rates and does not count; further budgets have their own, 100 later
+learning_rates = [1e-3, 2e-3, 4e-3]      # one grid for all methods, on validation rows; with a single rate all seeds count
 budgets = [[8, 4], [16, 8]]              # r at the start and rank at the end; fixed ranks are those at the end
 pick_at = [16, 8]                        # the budget at which learning rates are picked for all; without it each picks its own
 tolerance = 0.01                         # the lowest rate whose metric is at most so much below the best is picked; 0 unless given
 judged_by = "test"                       # "validation" where the outcome chooses something
-against = ["fixed"]                      # whom the page compares all methods with; without it each with each
+against = ["fixed"]                      # whom all methods are compared with; without it each with each
 maps = ["igu-hard"]                      # methods whose ranks are drawn by layer and module
 
 [training]
@@ -27,6 +27,7 @@ rate_of = "igu"                          # no search of its own
 optimizer = { lambda_lr_ratio = 10 }     # of igulora.param_groups
 training = { rows = 8 }                  # in the place of [training]'s
 [methods.igu]
+against = ["peft-adalora"]               # whom this one is compared with, in the place of the study's
 [methods.flexlora]
 budgets = [[16, 8]]                      # of the study's, those it runs at
 [methods.peft-adalora]
@@ -45,7 +46,7 @@ import tomllib
 from igulora.config import CHOICES
 from igulora.errors import check_choice, nearest
 
-from .plan import DATA, DTYPES, JUDGES, LIBRARIES, Budget, MethodSpec, Study, TaskSpec, Training
+from .plan import DATA, DTYPES, JUDGES, LIBRARIES, VARIES, Budget, MethodSpec, Study, TaskSpec, Training
 
 _AT_LEAST_ONE = ("steps", "rows", "stretch", "window", "train", "validation", "test", "length")
 
@@ -68,7 +69,7 @@ def read_study(path: Path) -> Study:
     study = Study(
         name=str(given.get("name", path.stem)),
         seeds=tuple(_numbers(given, "seeds", int, 0, path)),
-        learning_rates=tuple(float(rate) for rate in _numbers(given, "learning_rates", (int, float), 0, path)),
+        learning_rates=_rates(given, path),
         budgets=tuple(_budget(pair, path) for pair in _listed(given, "budgets", path)),
         tasks={
             name: _filled(TaskSpec, {"name": name, **table}, f"[tasks.{name}]")
@@ -77,7 +78,7 @@ def read_study(path: Path) -> Study:
         methods={name: _method(name, table, path) for name, table in given["methods"].items()},
         training=_filled(Training, given.get("training", {}), "[training]"),
         pick_at=_budget(given["pick_at"], path) if "pick_at" in given else None,
-        tolerance=float(*_numbers({"tolerance": [given.get("tolerance", 0.0)]}, "tolerance", (int, float), 0, path)),
+        tolerance=float(_number(given.get("tolerance", 0.0), "tolerance", (int, float), 0, path)),
         judged_by=given.get("judged_by", "test"),
         against=_names(given, "against", path),
         maps=_names(given, "maps", path),
@@ -90,15 +91,10 @@ def _check_study(study: Study, path: Path) -> None:
     """What one entry says of another."""
     for task in study.tasks.values():
         check_choice(f"data of [tasks.{task.name}]", task.data, DATA)
-        if study.training.remove > task.validation:
-            raise ValueError(
-                f"expected remove of at most {task.validation} in {path}, the validation rows of [tasks.{task.name}], got "
-                f"{study.training.remove}"
-            )
     check_choice(f"judged_by in {path}", study.judged_by, JUDGES)
     if not study.judged_seeds:
         raise ValueError(
-            f"expected at least 2 seeds in {path}, whose validation rows pick rates with the first, got {list(study.seeds)}"
+            f"expected at least 2 seeds in {path}, the first of which picks learning rates and does not count, got {list(study.seeds)}"
         )
     if study.pick_at is not None and study.pick_at not in study.budgets:
         raise ValueError(f"expected pick_at in {path} to be one of its budgets, got {list(study.pick_at)}")
@@ -107,8 +103,16 @@ def _check_study(study: Study, path: Path) -> None:
             check_choice(f"{entry} in {path}", name, study.methods)
     for name, method in study.methods.items():
         _filled(Training, method.training, f"training of [methods.{name}]")
-        check_choice(f"dtype of [methods.{name}]", study.training_of(name).dtype, DTYPES)
-        check_choice(f"budget_unit of [methods.{name}]", study.training_of(name).budget_unit, CHOICES["budget_unit"])
+        for field, choices in (("dtype", DTYPES), ("budget_unit", CHOICES["budget_unit"]), ("varies", VARIES)):
+            check_choice(f"{field} of [methods.{name}]", getattr(study.training_of(name), field), choices)
+        for task in study.tasks.values():
+            if study.training_of(name).remove > task.validation:
+                raise ValueError(
+                    f"expected remove of at most {task.validation} for [methods.{name}], the validation rows of [tasks.{task.name}], got "
+                    f"{study.training_of(name).remove}"
+                )
+        for other in method.against or ():
+            check_choice(f"against of [methods.{name}]", other, study.methods)
         if not set(method.budgets) <= set(study.budgets) or study.pick_at not in {None, *study.budgets_of(name)}:
             raise ValueError(
                 f"expected budgets of [methods.{name}] among those of the study, with pick_at, got "
@@ -150,11 +154,23 @@ def _names(given: dict[str, Any], name: str, path: Path) -> tuple[str, ...]:
 def _numbers(given: dict[str, Any], name: str, kind: Any, least: float, path: Path) -> list[Any]:
     values = _listed(given, name, path)
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, kind) or value < least:
-            raise ValueError(f"expected {name} in {path} to be numbers of at least {least}, got {value!r}")
+        _number(value, name, kind, least, path)
     if len(set(values)) < len(values):
         raise ValueError(f"expected {name} in {path} to differ, got {values}")
     return values
+
+
+def _number(value: Any, name: str, kind: Any, least: float, path: Path) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kind) or value < least:
+        raise ValueError(f"expected {name} in {path} to be of at least {least}, got {value!r}")
+    return value
+
+
+def _rates(given: dict[str, Any], path: Path) -> tuple[float, ...]:
+    rates = tuple(float(rate) for rate in _numbers(given, "learning_rates", (int, float), 0, path))
+    if 0.0 in rates:
+        raise ValueError(f"expected learning_rates above 0 in {path}, got {list(rates)}")
+    return rates
 
 
 def _budget(pair: Any, path: Path) -> Budget:
@@ -197,4 +213,8 @@ def _method(name: str, table: Any, path: Path) -> MethodSpec:
         raise ValueError(f"expected a table of optimizer options of [methods.{name}], got {optimizer!r}")
     budgets = tuple(_budget(pair, path) for pair in (_listed(options, "budgets", path) if "budgets" in options else ()))
     options.pop("budgets", None)
-    return MethodSpec(name, library, method, options, optimizer, training, options.pop("rate_of", None), budgets)
+    against = _names(options, "against", path) if "against" in options else None
+    options.pop("against", None)
+    return MethodSpec(
+        name, library, method, options, optimizer, training, options.pop("rate_of", None), budgets, against
+    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
+from statistics import median
 
 from ..pages import table
 from .book import Book, Record
 from .comparing import Found, comparisons, found_by_method, value
-from .intervals import LEVEL, RESAMPLES, Difference, Spread
+from .intervals import LEVEL, RESAMPLES, Difference, surely_different
 from .plan import Study
 
 Gaps = dict[tuple[str, str], Difference]
@@ -38,25 +38,34 @@ def summary(study: Study, book: Book, link: str, others: Sequence[str] | None = 
 def compared(study: Study, found: Found, gaps: Gaps) -> list[str]:
     """Lines of Markdown: each method's medians and its paired differences, then who is better than whom."""
     places = [(task, budget) for task in study.tasks for budget in study.budgets]
-    columns = list(dict.fromkeys(other for _, other in gaps))
+    compared_with = {other for _, other in gaps}
+    columns = [name for name in dict.fromkeys((*study.against, *study.methods)) if name in compared_with]
     rows = []
     for method, records in found.items():
-        values = [[value(study, record) for pair, record in records.items() if pair[:2] == at] for at in places]
+        parts = [[record for pair, record in records.items() if pair[:2] == at] for at in places]
         if records:
-            medians = ["" if not part else f"{Spread.of(part).median:.3f}" for part in values]
-            rows.append([f"`{method}`", *medians, *(_cell(gaps, method, other) for other in columns)])
+            medians = ["" if not part else f"{median(value(study, record) for record in part):.3f}" for part in parts]
+            cells = [_cell(gaps, method, other) for other in columns]
+            rows.append([f"`{method}`", *medians, *cells, _live(parts)])
     several = len(study.tasks) > 1
     heads = [f"{f'{task}, ' * several}{budget.r} to {budget.target}" for task, budget in places]
-    lines = [table(["median", *heads, *(f"minus `{name}`" for name in columns)], rows)]
-    return lines if not gaps else [_explained(gaps), "", *lines, *(_sentences(gaps) or ["No difference is clear."])]
+    lines = [table(["median", *heads, *(f"minus `{name}`" for name in columns), "parameters at the end"], rows)]
+    if not gaps:
+        return lines
+    return [
+        _explained(gaps),
+        "",
+        *lines,
+        *(_sentences(gaps) or ["No difference is clear for all comparisons together."]),
+    ]
 
 
-def shown(gap: Difference) -> str:
+def shown(gap: Difference, emphasis: bool = True) -> str:
     """Mean and interval, bold where it leaves out zero."""
-    if not math.isfinite(gap.low):
-        return f"{gap.mean:+.3f}"
+    if gap.high - gap.low > 1.0:  # wider than metrics are: too few runs, or too different ones
+        return f"{gap.mean:+.3f} (no bounds)"
     text = f"{gap.mean:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
-    return f"**{text}**" if gap.clear else text
+    return f"**{text}**" if gap.clear and emphasis else text
 
 
 def core_hours(records: Iterable[Record]) -> float:
@@ -64,26 +73,38 @@ def core_hours(records: Iterable[Record]) -> float:
     return sum(record["seconds_in_all"] * record["threads"] for record in records) / 3600
 
 
+def _live(parts: Sequence[Sequence[Record]]) -> str:
+    """What trains at the end, place by place; once where it is the same."""
+    counts = [f"{median(record['trained_at_end'] for record in part):,.0f}" for part in parts if part]
+    return " / ".join(dict.fromkeys(counts))
+
+
 def _cell(gaps: Gaps, one: str, other: str) -> str:
     return shown(gaps[one, other]) if (one, other) in gaps else ""
 
 
+def _once(gaps: Gaps) -> dict[frozenset[str], tuple[str, str]]:
+    """Every two methods once, whichever of them was taken from the other."""
+    return {frozenset(pair): pair for pair in gaps}
+
+
 def _explained(gaps: Gaps) -> str:
-    looked_at = len({frozenset(pair) for pair in gaps})
+    looked_at = len(_once(gaps))
     return (
         "Differences are means over the pairs of runs that both methods did (row minus column), each task in its own metric, with the "
-        f"{LEVEL:.0%} interval of {RESAMPLES:,} bootstrap resamples of the seeds of each task, expanded for few pairs; bold where it "
-        f"leaves out zero. Of {looked_at} comparisons of equals {looked_at * (1 - LEVEL):.0f} or a few more would be bold by chance. Other "
-        "seeds are what the interval speaks of, not other rows."
+        f"{LEVEL:.0%} bootstrap-t interval of {RESAMPLES:,} resamples of the seeds of each task and budget; bold where it leaves out zero. "
+        f"Of {looked_at} comparisons of equals {looked_at * (1 - LEVEL):.0f} or a few more would be bold by chance; what is said in "
+        "words below holds for all of them together (Holm's correction). Other seeds are what the interval speaks of, not other rows."
     )
 
 
 def _sentences(gaps: Gaps) -> list[str]:
-    found: dict[tuple[str, str], str] = {}
-    for (one, other), gap in gaps.items():
-        if gap.clear:
-            better, worse = (one, other) if gap.mean > 0 else (other, one)
-            found[better, worse] = (
-                f"- `{better}` is better than `{worse}`: {abs(gap.mean):+.3f} over {gap.pairs} pairs."
-            )
-    return list(found.values())
+    pairs = list(_once(gaps).values())
+    sure = surely_different([gaps[pair] for pair in pairs])
+    found = []
+    for (one, other), said in zip(pairs, sure, strict=True):
+        gap = gaps[one, other]
+        better, worse = (one, other) if gap.mean > 0 else (other, one)
+        if said:
+            found.append(f"- `{better}` is better than `{worse}`: {abs(gap.mean):+.3f} over {gap.pairs} pairs.")
+    return found

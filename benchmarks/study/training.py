@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..recipes import learner
-from .configuring import recipe
+from .configuring import recipe, start_seed
 from .inspection import removal, watched
 from .plan import MethodSpec, Run, Training
 from .tasks import Prepared
@@ -21,11 +21,12 @@ def factor(step: int, steps: int, warmup: float) -> float:
 
 
 def train(run: Run, method: MethodSpec, training: Training, task: Prepared) -> dict[str, Any]:
-    """Train once: metrics on validation and test rows, wall time. The seed draws the head, the start, the order of rows and the samples."""
+    """Train once: metrics on validation and test rows, wall time."""
     started = time.perf_counter()
-    batches = task.batches(training, run.seed + 10_000 * training.order)
-    base, heads = task.model(training, run.seed)
-    torch.manual_seed(run.seed)  # after the model, which draws its head where it is made for the first time
+    start = start_seed(run, training)
+    batches = task.batches(training, 0 if training.varies == "start" else run.seed)
+    base, heads = task.model(training, start)
+    torch.manual_seed(start)  # after the model, which draws its head where it is made for the first time
     begin = time.perf_counter()
     made = learner(recipe(run, method, training), base.train(), heads, task.loss, batches)
     rates = [group["lr"] for group in made.optimizer.param_groups]

@@ -25,7 +25,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--output", type=Path, help="folder of records.jsonl and README.md (default: beside the file, with its name)"
     )
     parser.add_argument(
-        "--again", metavar="KEY", help="run one recorded run anew and show both results; writes nothing"
+        "--again",
+        metavar="KEY",
+        help="run a row of the tables anew (TASK/METHOD/R-TARGET), or one run (its key in the records), and show both results; "
+        "writes nothing",
     )
     parser.add_argument("--render", action="store_true", help="run nothing: write the page anew from the records")
     parser.add_argument(
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from igulora.benchmarks import allocator
     from igulora.benchmarks.study.book import Book
-    from igulora.benchmarks.study.conduct import again, conduct
+    from igulora.benchmarks.study.conduct import again, conduct, row
     from igulora.benchmarks.study.page import page
     from igulora.benchmarks.study.pictures import draw
     from igulora.benchmarks.study.reading import read_study
@@ -74,9 +77,11 @@ def run(args: argparse.Namespace) -> int:
         allocator.keep_freed_memory()
         quieten_transformers()
     if args.again:
-        then, now = again(study, book, args.again)
-        for part in ("validation", "test"):
-            console.print(f"{part}: recorded {then[part]}, now {now[part]}", highlight=False, soft_wrap=True)
+        for which in row(study, book, args.again):
+            then, now = again(study, book, which)
+            for part in ("validation", "test"):
+                text = f"{which.key}, {part}: recorded {then[part]}, now {now[part]}"
+                console.print(text, highlight=False, soft_wrap=True)
         return 0
     if not args.render:
         with Telling(console, study, book) as telling:

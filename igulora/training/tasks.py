@@ -155,9 +155,9 @@ class Classification(SequenceTask):
     def evaluate(
         self, model: nn.Module, rows: Sequence[Row], batch_size: int, device: torch.device
     ) -> dict[str, float]:
-        """``accuracy`` and ``loss``."""
+        """``accuracy`` and ``loss``; a prediction that is not finite is wrong."""
         logits, labels = self._predict(model, rows, batch_size, device)
-        accuracy = (logits.argmax(-1) == labels).float().mean()
+        accuracy = ((logits.argmax(-1) == labels) & logits.isfinite().all(-1)).float().mean()
         return {"accuracy": accuracy.item(), "loss": F.cross_entropy(logits, labels).item()}
 
 
@@ -177,10 +177,12 @@ class Regression(SequenceTask):
     def evaluate(
         self, model: nn.Module, rows: Sequence[Row], batch_size: int, device: torch.device
     ) -> dict[str, float]:
-        """``correlation``, ``pearson``, ``spearman`` and ``loss``; a constant prediction correlates 0."""
+        """``correlation``, ``pearson``, ``spearman`` and ``loss``; predictions that are constant, or not all finite, correlate 0."""
         logits, labels = self._predict(model, rows, batch_size, device)
         values = logits.squeeze(-1)
-        linear, ranked = pearson(values, labels), pearson(average_ranks(values), average_ranks(labels))
+        linear = ranked = 0.0
+        if values.isfinite().all():
+            linear, ranked = pearson(values, labels), pearson(average_ranks(values), average_ranks(labels))
         loss = F.mse_loss(values, labels).item()
         return {"correlation": 0.5 * (linear + ranked), "pearson": linear, "spearman": ranked, "loss": loss}
 
