@@ -113,11 +113,16 @@ class Book:
         return record
 
     def add(self, study: Study, run: Run, found: dict[str, Any]) -> Record:
-        """Append the result of a run, inside :meth:`writing`; it is on the disk when this returns."""
+        """Append the result of a run, inside :meth:`writing`; it is on the disk when this returns.
+
+        Raises:
+            OSError: the disk is full; the file is as it was.
+        """
         assert self._file is not None
         record = {"key": run.key, "settings": settings(study, run), **found}
-        line = (json.dumps(record) + "\n").encode()
+        line, size = (json.dumps(record) + "\n").encode(), os.fstat(self._file.fileno()).st_size
         if self._file.write(line) != len(line):  # a full disk takes part of it
+            self._file.truncate(size)
             raise OSError(
                 f"expected room for {len(line)} bytes at the end of {self.path}, there is less; free some and go on"
             )

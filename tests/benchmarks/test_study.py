@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -408,6 +409,21 @@ def test_one_process_writes(study: Study, tmp_path: Path) -> None:
     assert path.read_text() == '{"key": "cut'  # reading repairs nothing
     with Book(path).writing():
         assert path.read_text() == ""
+
+
+def test_a_full_disk_leaves_the_records_as_they_were(study: Study, tmp_path: Path) -> None:
+    class Full(io.FileIO):
+        def write(self, line: Any) -> int:
+            return super().write(line[:10])
+
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"key": "another"}\n')
+    book = Book(path)
+    with book.writing(), Full(path, "a+b") as file:
+        book._file = file
+        with pytest.raises(OSError, match="expected room for"):
+            book.add(study, study.searches("polarity", "igu", Budget(4, 2))[0], {})
+    assert path.read_text() == '{"key": "another"}\n'
 
 
 def test_a_run_that_fails_is_named_and_others_are_kept(
