@@ -155,7 +155,7 @@ def _build_layers(bases: dict[str, Base], config: IGUConfig, names: list[str], r
             rank,
             blocks=config.blocks_of(name),
             dropout=config.dropout,
-            init=config.init or "orthonormal",
+            init=config.init or "zero",
             init_lambda=config.init_lambda,
             generator=generator,
         )

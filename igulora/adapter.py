@@ -67,9 +67,9 @@ class SVDAdapter(nn.Module):
         blocks: n; divides r, in and out.
         lora_alpha: the update is scaled by ``lora_alpha / r``; r by default.
         dropout: probability of dropping an input entry on its way to Q, in training.
-        init: "orthonormal" rows of P and Q, lambda = ``init_lambda`` (default); "gaussian" N(0, 0.02^2), PEFT's; "zero" P = 0, Q as
-            LoRA's A; "lora" the same with lambda = 1, not trained.
-        init_lambda: start of lambda for the first three; None for 0, with "zero" for 1.
+        init: "zero" P = 0, Q as LoRA's A, lambda = ``init_lambda`` (default); "orthonormal" rows of P and Q; "gaussian" N(0, 0.02^2),
+            PEFT's; "lora" as "zero" with lambda = 1, not trained.
+        init_lambda: start of lambda for the first three; None for 1 with "zero", 0 with the others.
         dtype: of the masters.
         generator: CPU generator the start is drawn from.
 
@@ -89,7 +89,7 @@ class SVDAdapter(nn.Module):
         blocks: int = 1,
         lora_alpha: float | None = None,
         dropout: float = 0.0,
-        init: str = "orthonormal",
+        init: str = "zero",
         init_lambda: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -123,7 +123,7 @@ class SVDAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(
-        self, init: str = "orthonormal", init_lambda: float | None = None, generator: torch.Generator | None = None
+        self, init: str = "zero", init_lambda: float | None = None, generator: torch.Generator | None = None
     ) -> None:
         """Draw the start of P, lambda and Q again (see the class's ``init``); the same generator gives the same start on any device."""
         if generator is None:

@@ -19,7 +19,7 @@ data = "movie-polarity"
 
 [methods.fixed]                          # a control
 method = "lora"
-init = "orthonormal"
+init = "zero"
 [methods.igu-hard]
 method = "igu"
 prune = "hard"

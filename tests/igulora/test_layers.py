@@ -19,7 +19,7 @@ from igulora.saved import SavedModule
 def layer(r: int = 3, **options) -> FusedSVDLinear:
     torch.manual_seed(0)  # the base layer's start
     g = torch.Generator().manual_seed(1)
-    built = FusedSVDLinear(6, 5, r, generator=g, **options)
+    built = FusedSVDLinear(6, 5, r, generator=g, **{"init": "orthonormal", **options})
     nn.init.normal_(built.lora_E, generator=g)
     return built
 
@@ -38,6 +38,7 @@ def test_starts_as_the_base(init: str, r: int) -> None:
 
 
 def test_from_zero_lambda_is_trained_from_one() -> None:
+    assert torch.count_nonzero(FusedSVDLinear(6, 5, 3).lora_P) == 0  # as adapt does by default
     zero, lora = (
         FusedSVDLinear(6, 5, 3, init=init, generator=torch.Generator().manual_seed(0)) for init in ("zero", "lora")
     )
@@ -51,7 +52,7 @@ def test_from_zero_lambda_is_trained_from_one() -> None:
 
 @pytest.mark.parametrize(("r", "wide"), [(3, True), (5, True), (9, False)])
 def test_orthonormal_rows(r: int, wide: bool) -> None:
-    built = FusedSVDLinear(8, 5, r)
+    built = FusedSVDLinear(8, 5, r, init="orthonormal")
     gram = built.lora_P.detach() @ built.lora_P.detach().t()
     if wide:
         torch.testing.assert_close(gram, torch.eye(r))
@@ -61,12 +62,15 @@ def test_orthonormal_rows(r: int, wide: bool) -> None:
 
 
 def test_one_generator_one_start() -> None:
-    one, two = (FusedSVDLinear(6, 5, 3, generator=torch.Generator().manual_seed(4)) for _ in range(2))
+    one, two = (
+        FusedSVDLinear(6, 5, 3, init="orthonormal", generator=torch.Generator().manual_seed(4)) for _ in range(2)
+    )
     assert torch.equal(one.lora_P, two.lora_P)
     assert torch.equal(one.lora_Q, two.lora_Q)
     torch.manual_seed(0)
-    three = FusedSVDLinear(6, 5, 3)
+    three = FusedSVDLinear(6, 5, 3, init="orthonormal")
     assert not torch.equal(one.lora_P, three.lora_P)
+    assert not torch.equal(one.lora_Q, three.lora_Q)
 
 
 def test_forward_is_the_formula_and_merging_is_exact() -> None:

@@ -272,7 +272,7 @@ class Halving(nn.Linear):
 def test_a_base_with_a_forward_of_its_own_runs_it(config) -> None:
     torch.manual_seed(0)
     base = Halving(D, 7)
-    layer = igulora.FusedSVDLinear(base, r=3, init_lambda=0.8)
+    layer = igulora.FusedSVDLinear(base, r=3, init="orthonormal", init_lambda=0.8)
     x = x_of()
     expected = base(x) + (x @ layer.lora_Q.t() * layer.lora_E) @ layer.lora_P
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
@@ -280,7 +280,7 @@ def test_a_base_with_a_forward_of_its_own_runs_it(config) -> None:
     assert x.grad is not None
     assert layer.lora_Q.grad is not None
     plain = nn.Linear(D, 7)
-    hooked = igulora.FusedSVDLinear(plain, r=3)
+    hooked = igulora.FusedSVDLinear(plain, r=3, init="orthonormal")
     plain.forward = lambda x: (
         torch.nn.functional.linear(x, plain.weight, plain.bias) + 1.0
     )  # what offloading libraries do

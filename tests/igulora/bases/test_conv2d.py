@@ -18,7 +18,9 @@ F64 = torch.float64
 def layer(r: int = 3, dtype: torch.dtype = F64, drop: float = 0.0, **options: Any) -> FusedSVDConv2d:
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(1)
-    built = FusedSVDConv2d(nn.Conv2d(3, 5, **{"kernel_size": 3, **options}, dtype=dtype), r, generator=g, dropout=drop)
+    built = FusedSVDConv2d(
+        nn.Conv2d(3, 5, **{"kernel_size": 3, **options}, dtype=dtype), r, init="orthonormal", generator=g, dropout=drop
+    )
     nn.init.normal_(built.lora_E, generator=g)
     return built
 

@@ -14,7 +14,7 @@ from igulora import FusedSVDEmbedding, FusedSVDLinear
 def layer(r: int = 3, **options) -> FusedSVDEmbedding:
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(1)
-    built = FusedSVDEmbedding(nn.Embedding(9, 6, **options), r, generator=g)
+    built = FusedSVDEmbedding(nn.Embedding(9, 6, **options), r, init="orthonormal", generator=g)
     nn.init.normal_(built.lora_E, generator=g)
     return built
 
@@ -58,7 +58,7 @@ def test_the_padding_row_stays_what_it_is() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step == 1:
-            built.reset_parameters(init_lambda=0.5)
+            built.reset_parameters("orthonormal", init_lambda=0.5)
     assert torch.equal(built(torch.tensor([4])), built.base_layer(torch.tensor([4])))
     assert torch.count_nonzero(built(torch.arange(9)) - built.base_layer(torch.arange(9))) == 8 * 6
     built.merge()
@@ -84,7 +84,7 @@ def test_rows_that_the_layer_scales_have_their_update_scaled() -> None:
         bart.BartScaledWordEmbedding(9, 6, padding_idx=1, embed_scale=2.5),
         gemma.Gemma3TextScaledWordEmbedding(9, 6, padding_idx=1, embed_scale=2.5),
     ):
-        built = FusedSVDEmbedding(base, 3)
+        built = FusedSVDEmbedding(base, 3, init="orthonormal")
         nn.init.normal_(built.lora_E)
         ids = torch.randint(0, 9, (3, 4))
         y = built(ids)
@@ -172,6 +172,6 @@ def test_ids_that_all_sequences_share_cannot_sample_the_path() -> None:
 def test_one_seed_one_start_and_no_dropout() -> None:
     one, two = layer(), layer()
     assert torch.equal(one.lora_Q, two.lora_Q)
-    built = FusedSVDEmbedding(nn.Embedding(9, 6), 3, dropout=0.5, init_lambda=1.0)
+    built = FusedSVDEmbedding(nn.Embedding(9, 6), 3, dropout=0.5, init="orthonormal", init_lambda=1.0)
     assert torch.equal(built(torch.arange(9)), built(torch.arange(9)))
     assert "in_features=9, out_features=6, r=3" in repr(built)

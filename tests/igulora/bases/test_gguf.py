@@ -137,7 +137,7 @@ def test_every_number_of_rows_is_the_product_with_the_files_numbers(kind: str, r
     stored = torch.from_numpy(package.quants.dequantize(base.weight.numpy(), number))
     W = torch.empty_like(stored)
     W[:, base.input_permutation] = stored
-    layer = FusedSVDLinear(base, r=3)
+    layer = FusedSVDLinear(base, r=3, init="orthonormal")
     nn.init.normal_(layer.lora_E)
     assert torch.equal(layer.base.dense(), W)
     x = torch.randn(rows, 64, requires_grad=True)
@@ -161,7 +161,7 @@ def test_a_kernel_that_reads_the_blocks_is_used_and_its_gradient_supplied(monkey
     monkeypatch.setattr(kernels, "kernel_can_read", lambda _weight: True)
     monkeypatch.setattr("igulora.bases.gguf.GgufBase._blocks", lambda self, dtype: kernels.dequantize(
         self.module.weight, self.module.ggml_type, dtype).reshape(48, 64))  # fmt: skip
-    layer, x = FusedSVDLinear(base, r=3), torch.randn(2, 64, requires_grad=True)
+    layer, x = FusedSVDLinear(base, r=3, init="orthonormal"), torch.randn(2, 64, requires_grad=True)
     assert not base(x).requires_grad
     layer(x).sum().backward()
     assert calls == [(2, 64), (2, 64)]

@@ -17,7 +17,7 @@ quantization = pytest.importorskip("torchao.quantization")
 
 
 def wrapped(base: nn.Module, r: int = 4) -> FusedSVDLinear:
-    layer = FusedSVDLinear(base, r=r, generator=torch.Generator().manual_seed(0))
+    layer = FusedSVDLinear(base, r=r, init="orthonormal", generator=torch.Generator().manual_seed(0))
     nn.init.normal_(layer.lora_E, generator=torch.Generator().manual_seed(1))
     return layer
 
