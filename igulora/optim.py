@@ -12,8 +12,9 @@ from .config import IGUConfig
 from .unwrap import unwrap
 
 # Per Adam step each lambda moves by about its learning rate while a whole row of P moves by sqrt(out) times it: a ratio of the order of
-# sqrt(d) makes Delta W of orthonormal directions grow as fast as LoRA's. Chosen from the probe of ALGORITHMS 6 (10x and 30x beat 1x).
-DEFAULT_LAMBDA_LR_RATIO = 30.0
+# sqrt(d) makes Delta W of orthonormal directions grow as fast as LoRA's. At 30 training fails at rates at which it
+# is fine at 10, which is as good elsewhere (docs/choices.md).
+DEFAULT_LAMBDA_LR_RATIO = 10.0
 
 
 def param_groups(
@@ -28,7 +29,7 @@ def param_groups(
     Args:
         model: adapted by :func:`igulora.adapt`.
         lr: learning rate of P, Q and of the modules to save.
-        lambda_lr_ratio: lambda's learning rate over ``lr``; by default 30 for orthonormal directions and 1 for `init` "gaussian" or "zero".
+        lambda_lr_ratio: lambda's learning rate over ``lr``; by default 10 for orthonormal directions and 1 for `init` "gaussian" or "zero".
         weight_decay: of P, Q and the modules to save; lambda has none, the budget is what shrinks it.
         p_lr_ratio: P's learning rate over ``lr``, which is Q's (LoRA+ takes 16 where P starts at zero).
 
@@ -109,5 +110,5 @@ def _ratio(model: nn.Module, lambda_lr_ratio: float | None) -> float:
 
 
 def default_lambda_lr_ratio(config: IGUConfig) -> float:
-    """Lambda's learning rate over that of P and Q where none is given: 1 for the Gaussian start and from zero, else 30."""
+    """Lambda's learning rate over that of P and Q where none is given: 1 for the Gaussian start and from zero, else 10."""
     return 1.0 if config.init in ("gaussian", "zero") else DEFAULT_LAMBDA_LR_RATIO
