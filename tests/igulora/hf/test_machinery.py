@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import igulora
+from igulora.optim import DEFAULT_LAMBDA_LR_RATIO
 from igulora.trainer import IGUCallback, IGUTrainer
 
 transformers = pytest.importorskip("transformers")
@@ -164,7 +165,7 @@ def test_lambda_has_groups_of_its_own(llama, rows, arguments, config) -> None:
         kind = "lambda" if of_lambda == {True} else "other"
         found[kind] += len(group["params"])
         if kind == "lambda":
-            assert (group["lr"], group["weight_decay"]) == (pytest.approx(3e-2), 0.0)
+            assert (group["lr"], group["weight_decay"]) == (pytest.approx(1e-3 * DEFAULT_LAMBDA_LR_RATIO), 0.0)
         else:
             assert group["lr"] == 1e-3
     assert found == {"lambda": 7, "other": 15}

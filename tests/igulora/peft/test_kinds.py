@@ -453,11 +453,12 @@ def test_a_model_that_transformers_quantised_while_loading(
     ctl, opt = train(model, batch)
     igulora.compact(model, opt, ctl)
     assert sum(ctl.live_ranks().values()) == 28
+    changed = sum(rank > 0 for rank in ctl.live_ranks().values())
     y = say(model, batch)
     model.save_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(peft.prepare_model_for_kbit_training(load()), tmp_path / "adapter")
     torch.testing.assert_close(say(loaded, batch), y)
-    with pytest.warns(igulora.MergeWarning, match="quantised 1[0-4] weights anew"):
+    with pytest.warns(igulora.MergeWarning, match=f"quantised {changed} weights anew"):
         model.merge_adapter()
     model.unmerge_adapter()
     torch.testing.assert_close(say(model, batch), y)
