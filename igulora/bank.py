@@ -120,6 +120,8 @@ class Bank:
         score_table, matrix_table: rows and matrices as the kernels of scoring and of the orthogonality penalty walk them.
         watched: one trained parameter of every layer that has any.
         layer_index, cost: int64 (triplets,): layer of each triplet, and its ``in + out`` (of its block's windows).
+        triplet_table: int64 (layers, most triplets of one): each layer's triplets, -1 where it has fewer. triplet_place: int64 (triplets,),
+            where each stands in the flattened table.
 
     Raises:
         ValueError: the layers lie on several devices.
@@ -209,6 +211,11 @@ class Bank:
         costs = torch.tensor([layer.p_length + layer.q_length for layer in self.layers], dtype=torch.int64)
         self.layer_index = torch.repeat_interleave(torch.arange(len(self.layers)), ranks).to(self.device)
         self.cost = torch.repeat_interleave(costs, ranks).to(self.device)
+        width = max([layer.r for layer in self.layers], default=0)
+        starts, column = torch.tensor(self.starts[:-1], dtype=torch.int64)[:, None], torch.arange(width)
+        has = column < ranks[:, None]
+        self.triplet_table = torch.where(has, starts + column, -1).to(self.device)
+        self.triplet_place = torch.nonzero(has.flatten()).flatten().to(self.device)
 
     def _watch_backward(self) -> None:
         """Gradient hooks on one parameter of every layer count training backward passes (the guard against a forgotten step)."""

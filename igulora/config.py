@@ -19,6 +19,7 @@ _SHARED: dict[str, Any] = {
     "window": 16,
     "combine": "snr",
     "lambda_score": "magnitude",
+    "normalize": "none",
     "init": "orthonormal",
     "orthogonality": 0.1,
     "importance": "sensitivity",
@@ -28,7 +29,8 @@ _SHARED: dict[str, Any] = {
 _FROM_ZERO: dict[str, Any] = {**_SHARED, "init": "zero"}
 _FIXED: dict[str, Any] = {**_SHARED, "estimator": "instantaneous", "init": "lora", "orthogonality": 0.0}
 METHODS: dict[str, dict[str, Any]] = {
-    "igu": _FROM_ZERO,
+    # Scores differ more between matrices than within one, so that some keep all and others nothing, which learns worse than chance does.
+    "igu": {**_FROM_ZERO, "normalize": "matrix"},
     "adalora": {**_SHARED, "estimator": "instantaneous", "combine": "product", "lambda_score": "score", "window": 1},
     "lora": _FIXED,
     "ralora": _FIXED,
@@ -54,7 +56,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "aggregate": ("signed", "absolute"),
     "combine": ("snr", "snr-release", "product", "mean"),
     "lambda_score": ("magnitude", "score"),
-    "normalize": ("none", "rank", "unit"),
+    "normalize": ("none", "rank", "unit", "matrix"),
     "budget_unit": ("rank", "parameters"),
     "prune": ("soft", "hard"),
     "orthogonality_form": ("full", "offdiagonal"),
@@ -161,7 +163,7 @@ class IGUConfig:
     eps: float = 1e-6
     combine: str | None = None
     lambda_score: str | None = None
-    normalize: str = "none"
+    normalize: str | None = None
     t_init: int | None = None
     t_final: int | None = None
     delta_t: int | None = None

@@ -13,12 +13,14 @@ from .config import MIN_UPDATES, IGUConfig
 from .kernels import importance_update
 
 
-def normalized(term: Tensor, how: str) -> Tensor:
-    """One term of Eq. 3 over all triplets: as it is ("none"), its rank in [0, 1] ("rank"), or divided by its mean ("unit").
+def normalized(term: Tensor, how: str, bank: Bank) -> Tensor:
+    """One term of Eq. 3 over all triplets.
 
     Args:
         term: (triplets,) values.
-        how: an option of ``IGUConfig.normalize``.
+        how: an option of ``IGUConfig.normalize``: "none", as it is; "rank", its rank among all triplets, in [0, 1]; "unit", divided by its
+            mean; "matrix", how many standard deviations it lies above the mean of its own matrix.
+        bank: says which triplets are of one matrix.
     """
     if how == "rank":
         # Equal values share the mean of their ranks: allocation, not this, breaks ties. NaN stays NaN and loses.
@@ -29,7 +31,18 @@ def normalized(term: Tensor, how: str) -> Tensor:
     if how == "unit":
         mean = term.abs().nanmean()
         return term / torch.where(mean > 0, mean, torch.ones_like(mean))
+    if how == "matrix":
+        return _standardised(term, bank)
     return term
+
+
+def _standardised(term: Tensor, bank: Bank) -> Tensor:
+    """Standard deviations above the mean of its matrix; 0 where a matrix has equal values. NaN stays NaN and counts for no other."""
+    table = bank.triplet_table
+    values = torch.where(table >= 0, term[table], torch.nan)
+    off = values - values.nanmean(1, keepdim=True)
+    spread = off.square().nanmean(1, keepdim=True).sqrt()
+    return (off / torch.where(spread > 0, spread, torch.ones_like(spread))).flatten()[bank.triplet_place]
 
 
 class Importance:
@@ -96,7 +109,8 @@ class Importance:
         how = self.config.normalize
         magnitude = self.config.lambda_score == "magnitude"
         first = self.bank.lambdas.abs() if magnitude else self.terms[0]
-        return normalized(first, how) + normalized(self.terms[1], how) + normalized(self.terms[2], how)
+        parts = [normalized(term, how, self.bank) for term in (first, self.terms[1], self.terms[2])]
+        return parts[0] + parts[1] + parts[2]
 
     def to(self, device: torch.device) -> None:
         """Follow the bank to another device."""

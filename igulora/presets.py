@@ -34,6 +34,7 @@ class Preset:
     beta1: float = 0.85
     beta2: float = 0.85
     eps: float = 1e-6
+    normalize: str = "none"
     init: str = "orthonormal"
     orthogonality: float = 0.1
     estimator: str = "trapezoid"
@@ -48,7 +49,7 @@ class Preset:
         """
         names = ["r", "target_rank", "t_init", "delta_t", "t_final", "beta1", "beta2", "eps", "init", "orthogonality"]
         if method in ("igu", "igu-flex"):
-            names += ["estimator", "nodes", "window", "include_f0"]
+            names += ["estimator", "nodes", "window", "include_f0", "normalize"]
         elif method in FIXED_RANK:
             names = ["r", "target_rank"]
         return {name: getattr(self, name) for name in names}

@@ -47,6 +47,7 @@ OPTIONS = {
     "score of lambda": {"lambda_score": "score"},
     "rank": {"normalize": "rank"},
     "unit": {"normalize": "unit"},
+    "as they are": {"normalize": "none"},
     "min_rank": {"min_rank": 1},
     "to nothing": {"target_rank": 0},
     "no room": {"target_rank": 4},
@@ -161,14 +162,34 @@ def test_scores_add_their_three_terms(net, config) -> None:
     torch.testing.assert_close(importance.triplet_scores(), (terms / terms.mean(1, keepdim=True)).sum(0))
 
 
-def test_normalized() -> None:
+def test_normalized(net, config) -> None:
+    bank = igulora.adapt(net(), config()).igulora_bank
     term = torch.tensor([3.0, 1.0, 3.0, 2.0, 0.0])
-    assert torch.equal(normalized(term, "none"), term)
-    torch.testing.assert_close(normalized(term, "rank"), torch.tensor([3.5, 1.0, 3.5, 2.0, 0.0]) / 4)
-    torch.testing.assert_close(normalized(term, "unit"), term / 1.8)
-    assert torch.equal(normalized(torch.zeros(3), "unit"), torch.zeros(3))
-    assert normalized(torch.ones(1), "rank").tolist() == [0.0]
-    assert normalized(torch.ones(0), "rank").tolist() == []
+    assert torch.equal(normalized(term, "none", bank), term)
+    torch.testing.assert_close(normalized(term, "rank", bank), torch.tensor([3.5, 1.0, 3.5, 2.0, 0.0]) / 4)
+    torch.testing.assert_close(normalized(term, "unit", bank), term / 1.8)
+    assert torch.equal(normalized(torch.zeros(3), "unit", bank), torch.zeros(3))
+    assert normalized(torch.ones(1), "rank", bank).tolist() == [0.0]
+    assert normalized(torch.ones(0), "rank", bank).tolist() == []
+
+
+def test_normalized_by_matrix(net, config) -> None:
+    """Triplets are told apart from those of their own matrix, whatever the others are like."""
+    model = igulora.adapt(net(), config(rank_pattern={"0": 2}))
+    bank = model.igulora_bank
+    ranks = [layer.r for layer in bank.layers]
+    assert len(set(ranks)) == 2
+    parts = [10.0**i * torch.randn(r, generator=torch.Generator().manual_seed(i)) + i for i, r in enumerate(ranks)]
+    wanted = [(part - part.mean()) / part.std(correction=0) for part in parts]
+    torch.testing.assert_close(normalized(torch.cat(parts), "matrix", bank), torch.cat(wanted))
+    parts[1][1] = torch.nan  # counts for no other
+    left = parts[1][~parts[1].isnan()]
+    found = normalized(torch.cat(parts), "matrix", bank).split(ranks)[1]
+    assert torch.nonzero(found.isnan()).flatten().tolist() == [1]
+    torch.testing.assert_close(found[~found.isnan()], (left - left.mean()) / left.std(correction=0))
+    assert torch.equal(normalized(torch.ones(bank.triplets), "matrix", bank), torch.zeros(bank.triplets))
+    none = igulora.adapt(net(), config(r=0, target_rank=0)).igulora_bank
+    assert normalized(torch.ones(0), "matrix", none).tolist() == []
 
 
 def test_chance_is_seeded_and_magnitude_is_lambda(net, config, trainer, run, batches) -> None:
