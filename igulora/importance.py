@@ -13,7 +13,7 @@ from .config import MIN_UPDATES, IGUConfig
 from .kernels import importance_update
 
 
-def normalized(term: Tensor, how: str, bank: Bank) -> Tensor:
+def normalized(term: Tensor, how: str, bank: Bank, among: Tensor | None = None) -> Tensor:
     """One term of Eq. 3 over all triplets.
 
     Args:
@@ -21,6 +21,7 @@ def normalized(term: Tensor, how: str, bank: Bank) -> Tensor:
         how: an option of ``IGUConfig.normalize``: "none", as it is; "rank", its rank among all triplets, in [0, 1]; "unit", divided by its
             mean; "matrix", how many standard deviations it lies above the mean of its own matrix.
         bank: says which triplets are of one matrix.
+        among: bool (triplets,), those that "matrix" compares with; None for all.
     """
     if how == "rank":
         # Equal values share the mean of their ranks: allocation, not this, breaks ties. NaN stays NaN and loses.
@@ -32,17 +33,18 @@ def normalized(term: Tensor, how: str, bank: Bank) -> Tensor:
         mean = term.abs().nanmean()
         return term / torch.where(mean > 0, mean, torch.ones_like(mean))
     if how == "matrix":
-        return _standardised(term, bank)
+        return _standardised(term, bank, among)
     return term
 
 
-def _standardised(term: Tensor, bank: Bank) -> Tensor:
+def _standardised(term: Tensor, bank: Bank, among: Tensor | None) -> Tensor:
     """Standard deviations above the mean of its matrix; 0 where a matrix has equal values. NaN stays NaN and counts for no other."""
     table = bank.triplet_table
-    values = torch.where(table >= 0, term[table], torch.nan)
-    off = values - values.nanmean(1, keepdim=True)
-    spread = off.square().nanmean(1, keepdim=True).sqrt()
-    return (off / torch.where(spread > 0, spread, torch.ones_like(spread))).flatten()[bank.triplet_place]
+    values = term[table]
+    counted = torch.where(table >= 0 if among is None else (table >= 0) & among[table], values, torch.nan)
+    mean = counted.nanmean(1, keepdim=True)
+    spread = (counted - mean).square().nanmean(1, keepdim=True).sqrt()
+    return ((values - mean) / torch.where(spread > 0, spread, torch.ones_like(spread))).flatten()[bank.triplet_place]
 
 
 class Importance:
@@ -106,10 +108,12 @@ class Importance:
             raise ValueError(
                 "expected scores, got none yet: no window of path samples has been completed; train on first"
             )
-        how = self.config.normalize
+        how = self.config.normalize or "none"
         magnitude = self.config.lambda_score == "magnitude"
         first = self.bank.lambdas.abs() if magnitude else self.terms[0]
-        parts = [normalized(term, how, self.bank) for term in (first, self.terms[1], self.terms[2])]
+        # What is pruned for ever counts no longer, so that compaction changes nothing.
+        among = self.bank.live > 0 if self.config.prune == "hard" else None
+        parts = [normalized(term, how, self.bank, among) for term in (first, self.terms[1], self.terms[2])]
         return parts[0] + parts[1] + parts[2]
 
     def to(self, device: torch.device) -> None:

@@ -61,6 +61,7 @@ def _ours(
         path="factors",
         combine="snr-release",
         lambda_score="score",
+        normalize="none",
         budget_unit="parameters",
         init="gaussian",
         orthogonality=gamma,

@@ -153,10 +153,10 @@ def test_nan_loses(net, config, normalize) -> None:
 
 def test_scores_add_their_three_terms(net, config) -> None:
     terms = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).abs()
-    bank, importance, _ = scored(net, config, terms)
+    bank, importance, _ = scored(net, config, terms, normalize="none")
     bank.lambdas.copy_(torch.randn(16, generator=torch.Generator().manual_seed(1)))
     torch.testing.assert_close(importance.triplet_scores(), bank.lambdas.abs() + terms[1] + terms[2])
-    bank, importance, _ = scored(net, config, terms, lambda_score="score")
+    bank, importance, _ = scored(net, config, terms, lambda_score="score", normalize="none")
     torch.testing.assert_close(importance.triplet_scores(), terms.sum(0))
     bank, importance, _ = scored(net, config, terms, lambda_score="score", normalize="unit")
     torch.testing.assert_close(importance.triplet_scores(), (terms / terms.mean(1, keepdim=True)).sum(0))
@@ -175,18 +175,23 @@ def test_normalized(net, config) -> None:
 
 def test_normalized_by_matrix(net, config) -> None:
     """Triplets are told apart from those of their own matrix, whatever the others are like."""
-    model = igulora.adapt(net(), config(rank_pattern={"0": 2}))
+    model = igulora.adapt(net(), config(rank_pattern={"up": 2}))
     bank = model.igulora_bank
     ranks = [layer.r for layer in bank.layers]
     assert len(set(ranks)) == 2
     parts = [10.0**i * torch.randn(r, generator=torch.Generator().manual_seed(i)) + i for i, r in enumerate(ranks)]
     wanted = [(part - part.mean()) / part.std(correction=0) for part in parts]
     torch.testing.assert_close(normalized(torch.cat(parts), "matrix", bank), torch.cat(wanted))
-    parts[1][1] = torch.nan  # counts for no other
-    left = parts[1][~parts[1].isnan()]
-    found = normalized(torch.cat(parts), "matrix", bank).split(ranks)[1]
+    parts[0][1] = torch.nan  # counts for no other
+    left = parts[0][~parts[0].isnan()]
+    found = normalized(torch.cat(parts), "matrix", bank).split(ranks)[0]
     assert torch.nonzero(found.isnan()).flatten().tolist() == [1]
     torch.testing.assert_close(found[~found.isnan()], (left - left.mean()) / left.std(correction=0))
+    among = torch.ones(bank.triplets, dtype=torch.bool)
+    among[1] = False  # nor does what is pruned for ever
+    parts[0][1] = 100.0
+    found = normalized(torch.cat(parts), "matrix", bank, among).split(ranks)[0]
+    torch.testing.assert_close(found[[0, *range(2, ranks[0])]], (left - left.mean()) / left.std(correction=0))
     assert torch.equal(normalized(torch.ones(bank.triplets), "matrix", bank), torch.zeros(bank.triplets))
     none = igulora.adapt(net(), config(r=0, target_rank=0)).igulora_bank
     assert normalized(torch.ones(0), "matrix", none).tolist() == []

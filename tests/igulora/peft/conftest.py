@@ -46,7 +46,7 @@ def options() -> Callable[..., Any]:
     def make(**changes: Any) -> Any:
         values: dict[str, Any] = {
             "r": 4, "target_rank": 2, "total_steps": 20, "t_init": 7, "t_final": 5, "delta_t": 2, "window": 2, "ig_every": 1,
-            "init": "orthonormal", "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+            "init": "orthonormal", "normalize": "none", "target_modules": "all-linear", "task_type": "CAUSAL_LM",
         }  # fmt: skip
         return IGULoraConfig(**{**values, **changes})
 

@@ -46,13 +46,14 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
 
 
-@pytest.mark.parametrize("init", ["zero", "orthonormal"])
+@pytest.mark.parametrize(("init", "normalize"), [("zero", "matrix"), ("orthonormal", "none")])
 def test_the_controller_trains_a_peft_model_as_an_adapted_one(
-    llama: Any, options: Any, batch: Any, train: Any, init: str
+    llama: Any, options: Any, batch: Any, train: Any, init: str, normalize: str
 ) -> None:
     ours = igulora.adapt(llama(), igulora.IGUConfig(
-        r=4, target_rank=2, total_steps=20, t_init=7, t_final=5, delta_t=2, window=2, ig_every=1, seed=2, init=init))  # fmt: skip
-    theirs = peft.get_peft_model(llama(), options(seed=2, init=init))
+        r=4, target_rank=2, total_steps=20, t_init=7, t_final=5, delta_t=2, window=2, ig_every=1, seed=2, init=init,
+        normalize=normalize))  # fmt: skip
+    theirs = peft.get_peft_model(llama(), options(seed=2, init=init, normalize=normalize))
     mine, _ = train(ours, batch)
     their, _ = train(theirs, batch)
     assert mine.history == their.history
