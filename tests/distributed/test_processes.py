@@ -25,8 +25,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "trapezoid with f(0), separate": {
         "estimator": "trapezoid", "nodes": 5, "include_f0": True, "path_pass": "separate"
     },
-    "on-path": {"estimator": "on-path"},
-    "on-path-stratified": {"estimator": "on-path-stratified"},
+    "on-path": {"estimator": "on-path", "normalize": "none"},
+    "on-path-stratified": {"estimator": "on-path-stratified", "normalize": "none"},
     "instantaneous": {"estimator": "instantaneous"},
     "adalora": {"method": "adalora"},
 }  # fmt: skip
@@ -108,7 +108,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "gauss": {"estimator": "gauss"},
     "trapezoid": {"estimator": "trapezoid", "nodes": 5, "path_pass": "separate"},
     "stratified": {"estimator": "stratified"},
-    "on-path": {"estimator": "on-path"},
+    "on-path": {"estimator": "on-path", "normalize": "none"},
 }
 DROPOUT = {"estimator": "gauss", "dropout": 0.3}
 LANGUAGE: dict[str, dict[str, Any]] = {
