@@ -24,8 +24,8 @@ _SHARED: dict[str, Any] = {
     "orthogonality": 0.1,
     "importance": "sensitivity",
 }
-# P = 0 learns faster than unit directions, which must turn before they help (docs/choices.md); what looks at lambda as at a spectrum
-# starts from those.
+# Unit directions fail right above their best learning rate, P = 0 needs no penalty nor a second rate (docs/choices.md); what looks at
+# lambda as at a spectrum starts from unit directions all the same.
 _FROM_ZERO: dict[str, Any] = {**_SHARED, "init": "zero"}
 _FIXED: dict[str, Any] = {**_SHARED, "estimator": "instantaneous", "init": "lora", "orthogonality": 0.0}
 METHODS: dict[str, dict[str, Any]] = {

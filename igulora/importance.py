@@ -112,7 +112,7 @@ class Importance:
         magnitude = self.config.lambda_score == "magnitude"
         first = self.bank.lambdas.abs() if magnitude else self.terms[0]
         # What is pruned for ever counts no longer, so that compaction changes nothing.
-        among = self.bank.live > 0 if self.config.prune == "hard" else None
+        among = self.bank.live > 0 if how == "matrix" and self.config.prune == "hard" else None
         parts = [normalized(term, how, self.bank, among) for term in (first, self.terms[1], self.terms[2])]
         return parts[0] + parts[1] + parts[2]
 

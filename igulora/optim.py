@@ -12,8 +12,8 @@ from .config import IGUConfig
 from .unwrap import unwrap
 
 # Per Adam step each lambda moves by about its learning rate while a whole row of P moves by sqrt(out) times it: a ratio of the order of
-# sqrt(d) makes Delta W of orthonormal directions grow as fast as LoRA's. At 30 training fails at rates at which it
-# is fine at 10, which is as good elsewhere (docs/choices.md).
+# sqrt(d) makes Delta W of orthonormal directions grow as fast as LoRA's. At 30 training fails at rates at which it does not at 10
+# (docs/choices.md).
 DEFAULT_LAMBDA_LR_RATIO = 10.0
 
 

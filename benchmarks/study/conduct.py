@@ -128,7 +128,7 @@ def row(study: Study, book: Book, key: str) -> list[Run]:
     Raises:
         ValueError: the book has no such run, or the study no longer has it.
     """
-    known = {**{"/".join(key.split("/")[:3]): None for key in book.records}, **book.records}
+    known = {key.rsplit("/", 2)[0] for key in book.records} | book.records.keys()
     if key not in known:
         raise ValueError(
             f"expected the key of a recorded run, or its first three parts, got {key!r}.{nearest(key, known)}"
@@ -140,8 +140,12 @@ def row(study: Study, book: Book, key: str) -> list[Run]:
                 f"expected a run that the study's file still asks for, got {key!r}; put its method, budget, rate and seed back"
             )
         return [runs[key]]
-    [group] = [group for group in study.groups() if "/".join(map(str, group)) == key] or [None]
-    counting = [] if group is None else runs_of(study, book, *group)[len(study.learning_rates) :]
+    group = next((group for group in study.groups() if "/".join(map(str, group)) == key), None)
+    if group is None:
+        raise ValueError(
+            f"expected a row that the study's file still asks for, got {key!r}; put its method and budget back"
+        )
+    counting = runs_of(study, book, *group)[len(study.learning_rates) :]
     return [run for run in counting if book.find(study, run)]
 
 
