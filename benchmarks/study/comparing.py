@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .book import Book, Record
 from .conduct import picked
 from .intervals import Difference, bootstrap
@@ -45,16 +43,13 @@ def found_by_method(study: Study, book: Book) -> Found:
     return {method: results(study, book, method) for method in study.methods}
 
 
-def comparisons(study: Study, found: Found, others: Sequence[str] | None = None) -> dict[tuple[str, str], Difference]:
-    """Every method minus those that it, or its study, is compared with; of these only ``others`` where they are given.
-
-    Without any in the whole study each is compared with each.
-    """
+def comparisons(study: Study, found: Found) -> dict[tuple[str, str], Difference]:
+    """Every method minus those that it, or its study, is compared with; without any in the whole study each is compared with each."""
     names = [name for name in study.methods if found[name]]
     gaps = {
         (one, other): difference(study, found[one], found[other])
         for one in names
         for other in study.against_of(one)
-        if one != other and (others is None or other in others)
+        if one != other
     }
     return {pair: gap for pair, gap in gaps.items() if gap is not None}

@@ -46,13 +46,12 @@ def write(root: Path) -> list[Path]:
             (output / "README.md").write_text(page(study, book, draw(study, book, output)), encoding="utf-8")
             written.append(output / "README.md")
     for document in (root / name for name in DOCUMENTS):
-        text = document.read_text(encoding="utf-8")
+        before = document.read_text(encoding="utf-8")
         for study, book, of in studies:
-            if markers(study.name)[0] in text:
-                # the README has room for one comparison
-                others = study.against[:1] if document == root / README else None
-                replace(document, summary(study, book, _link(document, of, "all of it"), others), markers(study.name))
-        if markers(ALL)[0] in text:
+            if markers(study.name)[0] in before:
+                text = summary(study, book, _link(document, of, "all of it"), short=document == root / README)
+                replace(document, text, markers(study.name))
+        if markers(ALL)[0] in before:
             replace(document, _list(document, studies), markers(ALL))
         written.append(document)
     return written

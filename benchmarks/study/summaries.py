@@ -14,16 +14,16 @@ from .plan import Study
 Gaps = dict[tuple[str, str], Difference]
 
 
-def summary(study: Study, book: Book, link: str, others: Sequence[str] | None = None) -> str:
+def summary(study: Study, book: Book, link: str, short: bool = False) -> str:
     """Medians and differences, for a document that has a ``link`` to the page.
 
     Args:
         study, book: what was asked for, and what is done.
         link: Markdown.
-        others: the methods that all are compared with; None for the study's own ``against``.
+        short: leave out what :func:`compared` says.
     """
     found = found_by_method(study, book)
-    gaps = comparisons(study, found, others)
+    gaps = comparisons(study, found)
     every = [record for records in found.values() for record in records.values()]
     if not every:
         return "Nothing has run yet.\n"
@@ -32,16 +32,25 @@ def summary(study: Study, book: Book, link: str, others: Sequence[str] | None = 
         f"{', '.join(metrics)}; triplets per matrix {', '.join(f'{b.r} to {b.target}' for b in study.budgets)}; "
         f"{len(study.judged_seeds)} seeds, {study.judged_by} rows; {link}."
     )
-    return "\n".join([what, "", *compared(study, found, gaps)]).rstrip() + "\n"
+    return "\n".join([what, "", *compared(study, found, gaps, short)]).rstrip() + "\n"
 
 
-def compared(study: Study, found: Found, gaps: Gaps) -> list[str]:
-    """Lines of Markdown: each method's medians and its paired differences, then who is better than whom."""
+def compared(study: Study, found: Found, gaps: Gaps, short: bool = False) -> list[str]:
+    """Lines of Markdown: each method's medians and its paired differences, then who is better than whom.
+
+    ``short`` leaves out methods that run at one of several budgets, and differences to others than the first of ``against``. What is better
+    still is so among all.
+    """
     places = [(task, budget) for task in study.tasks for budget in study.budgets]
     compared_with = {other for _, other in gaps}
     columns = [name for name in dict.fromkeys((*study.against, *study.methods)) if name in compared_with]
+    methods = list(found)
+    if short:
+        columns = columns[:1]
+        methods = [name for name in found if len(study.budgets_of(name)) > 1 or len(study.budgets) == 1]
     rows = []
-    for method, records in found.items():
+    for method in methods:
+        records = found[method]
         parts = [[record for pair, record in records.items() if pair[:2] == at] for at in places]
         if records:
             medians = ["" if not part else f"{median(value(study, record) for record in part):.3f}" for part in parts]
@@ -56,7 +65,7 @@ def compared(study: Study, found: Found, gaps: Gaps) -> list[str]:
         _explained(gaps),
         "",
         *lines,
-        *(_sentences(gaps) or ["No difference is clear for all comparisons together."]),
+        *(_sentences(gaps, methods, columns) or ["No difference is clear for all comparisons together."]),
     ]
 
 
@@ -93,18 +102,19 @@ def _explained(gaps: Gaps) -> str:
     return (
         "Differences are means over the pairs of runs that both methods did (row minus column), each task in its own metric, with the "
         f"{LEVEL:.0%} bootstrap-t interval of {RESAMPLES:,} resamples of the seeds of each task and budget; bold where it leaves out zero. "
-        f"Of {looked_at} comparisons of equals {looked_at * (1 - LEVEL):.0f} or a few more would be bold by chance; what is said in "
-        "words below holds for all of them together (Holm's correction). Other seeds are what the interval speaks of, not other rows."
+        f"Of comparisons of equals one in {1 / (1 - LEVEL):.0f}, or a few more, would be bold by chance; what is said in words below holds "
+        f"for all {looked_at} together (Holm's correction). Other seeds are what the interval speaks of, not other rows."
     )
 
 
-def _sentences(gaps: Gaps) -> list[str]:
+def _sentences(gaps: Gaps, methods: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Who is better than whom among all, said of pairs whose difference is shown."""
     pairs = list(_once(gaps).values())
     sure = surely_different([gaps[pair] for pair in pairs])
     found = []
     for (one, other), said in zip(pairs, sure, strict=True):
         gap = gaps[one, other]
         better, worse = (one, other) if gap.mean > 0 else (other, one)
-        if said:
+        if said and {one, other} <= set(methods) and {one, other} & set(columns):
             found.append(f"- `{better}` is better than `{worse}`: {abs(gap.mean):+.3f} over {gap.pairs} pairs.")
     return found

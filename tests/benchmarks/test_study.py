@@ -509,7 +509,7 @@ def test_the_page_claims_what_is_clear(file: Path, tmp_path: Path, monkeypatch: 
     hours = 30 * 4.0 * torch.get_num_threads() / 3600
     assert f"30 trainings took {hours:.1f} hours of one core" in text
     assert "- `igu` is better than `fixed`: +0.400 over 8 pairs." in text
-    assert "Of 3 comparisons" in text
+    assert "holds for all 3 together" in text
     assert "`fixed` is better" not in text
     assert "`peft-lora` is better" not in text
 
@@ -529,24 +529,27 @@ def test_methods_are_compared_with_whom_they_say(file: Path, tmp_path: Path, mon
     study, book = read_study(file), Book(tmp_path / "records.jsonl")
     conduct(study, book, lambda _: None)
     assert set(comparisons(study, found_by_method(study, book))) == {("fixed", "peft-lora"), ("peft-lora", "igu")}
-    assert set(comparisons(study, found_by_method(study, book), ["igu"])) == {("peft-lora", "igu")}
 
 
-def test_a_summary_has_the_comparisons_it_is_asked_for(
-    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_summary_says_what_holds_among_all(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.5})
-    book = Book(tmp_path / "records.jsonl")
+    asked = FILE.replace("budgets = [[4, 2]]", 'budgets = [[4, 2], [8, 4]]\nagainst = ["fixed", "igu"]')
+    asked = asked.replace("seeds = [0, 1, 2, 3]", "seeds = [0, 1, 2, 3, 4, 5, 6]")
+    file.write_text(asked.replace("[methods.peft-lora]", "[methods.peft-lora]\nbudgets = [[8, 4]]"))
+    study, book = read_study(file), Book(tmp_path / "records.jsonl")
     assert summary(study, book, "[page](page.md)") == "Nothing has run yet.\n"
     conduct(study, book, lambda _: None)
-    text = summary(study, book, "[page](page.md)", ["fixed"])
-    assert text.startswith(
-        "accuracy of movie-polarity; triplets per matrix 4 to 2; 3 seeds, test rows; [page](page.md).\n"
-    )
-    assert "| median | 4 to 2 | minus `fixed` | parameters at the end |" in text
-    assert "| `igu` | 0.822 | +0.399 (" in text
-    assert "| `fixed` | 0.426 |  | 10 |" in text
-    assert "Of 2 comparisons" in text
+    whole, short = (summary(study, book, "[page](page.md)", short) for short in (False, True))
+    for text in (whole, short):
+        assert text.startswith(
+            "accuracy of movie-polarity; triplets per matrix 4 to 2, 8 to 4; 6 seeds, test rows; [page](page.md).\n"
+        )
+        assert "- `igu` is better than `fixed`: " in text
+        assert "holds for all 3 together" in text
+    assert "| median | 4 to 2 | 8 to 4 | minus `fixed` | minus `igu` | parameters at the end |" in whole
+    assert "| median | 4 to 2 | 8 to 4 | minus `fixed` | parameters at the end |" in short
+    assert "| `peft-lora` |  | 1." in whole
+    assert "peft-lora" not in short
 
 
 def test_intervals() -> None:
