@@ -91,14 +91,20 @@ def test_two_shallow_models_say_what_a_deep_one_costs(name: str) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        pytest.param(
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+            marks=pytest.mark.long,
+        ),
         {"model_type": "smollm3", "no_rope_layer_interval": 2},
-        {
-            "model_type": "gemma3_text",
-            "sliding_window": 8,
-            "head_dim": 16,
-            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
-        },
+        pytest.param(
+            {
+                "model_type": "gemma3_text",
+                "sliding_window": 8,
+                "head_dim": 16,
+                "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            },
+            marks=pytest.mark.long,
+        ),
     ],
     ids=lambda config: config["model_type"],
 )
@@ -127,6 +133,7 @@ def test_grown() -> None:
         grown([1, 2], [3, 4, 5], 2)
 
 
+@pytest.mark.long
 def test_an_encoder_that_classifies() -> None:
     made = project(ENCODER, Case("e", "e", rows=4, length=16, rank=4, target_rank=2), Roofline(), NAMES)
     assert list(made["methods"]) == list(NAMES)

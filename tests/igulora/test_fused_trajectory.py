@@ -77,7 +77,7 @@ def train(backend: str, **options: Any) -> Trajectory:
     [
         ("gauss", {"dropout": 0.2, "nodes": 2}),
         pytest.param("gauss", {"path_pass": "separate", "nodes": 2}, marks=pytest.mark.long),
-        ("stratified", {"orthogonality": 0.0, "aggregate": "absolute"}),
+        pytest.param("stratified", {"orthogonality": 0.0, "aggregate": "absolute"}, marks=pytest.mark.long),
         pytest.param("stratified", {"path_pass": "separate", "path": "factors"}, marks=pytest.mark.long),
         pytest.param("trapezoid", {"nodes": 3, "include_f0": True}, marks=pytest.mark.long),
         ("trapezoid", {"nodes": 3, "path_pass": "separate"}),

@@ -71,10 +71,10 @@ KINDS = [
     ({"estimator": "gauss"}, 2),
     ({"estimator": "gauss", "path_pass": "separate"}, 2),
     ({"estimator": "stratified", "ig_every": 2}, 2),
-    ({"estimator": "stratified", "path_pass": "separate", "aggregate": "absolute"}, 2),
-    ({"estimator": "trapezoid", "include_f0": True}, 2),
+    pytest.param({"estimator": "stratified", "path_pass": "separate", "aggregate": "absolute"}, 2, marks=pytest.mark.long),
+    pytest.param({"estimator": "trapezoid", "include_f0": True}, 2, marks=pytest.mark.long),
     ({"estimator": "trapezoid", "path_pass": "separate"}, 3),
-    ({"estimator": "on-path", "path": "factors"}, 2),
+    pytest.param({"estimator": "on-path", "path": "factors"}, 2, marks=pytest.mark.long),
     ({"estimator": "on-path-stratified", "ig_every": 2}, 3),
     ({"estimator": "instantaneous", "window": 1}, 1),
 ]
@@ -89,7 +89,7 @@ def test_each_kind_of_pass_is_compiled_once(config, options, kinds) -> None:
     assert len(graphs.seen) == kinds
 
 
-@pytest.mark.parametrize(("path_pass", "graphs_expected"), [("mixed", 3), ("separate", 4)])
+@pytest.mark.parametrize(("path_pass", "graphs_expected"), [("mixed", 3), pytest.param("separate", 4, marks=pytest.mark.long)])
 def test_sizes_become_variables_by_themselves(config, path_pass, graphs_expected) -> None:
     """Without ``dynamic=True`` the first change of a size compiles once more; passes of path rows alone have sizes of their own."""
     graphs = Graphs("aot_eager")
@@ -107,7 +107,7 @@ def test_a_language_model_is_two_graphs(config) -> None:
     assert len(graphs.seen) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_encoder_with_a_head_to_train_is_two_graphs(config) -> None:
     graphs = Graphs("eager")
     options = config(ig_fraction=0.5, modules_to_save=["classifier"])
