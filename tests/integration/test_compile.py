@@ -71,7 +71,9 @@ KINDS = [
     ({"estimator": "gauss"}, 2),
     ({"estimator": "gauss", "path_pass": "separate"}, 2),
     ({"estimator": "stratified", "ig_every": 2}, 2),
-    pytest.param({"estimator": "stratified", "path_pass": "separate", "aggregate": "absolute"}, 2, marks=pytest.mark.long),
+    pytest.param(
+        {"estimator": "stratified", "path_pass": "separate", "aggregate": "absolute"}, 2, marks=pytest.mark.long
+    ),
     pytest.param({"estimator": "trapezoid", "include_f0": True}, 2, marks=pytest.mark.long),
     ({"estimator": "trapezoid", "path_pass": "separate"}, 3),
     pytest.param({"estimator": "on-path", "path": "factors"}, 2, marks=pytest.mark.long),
@@ -89,7 +91,9 @@ def test_each_kind_of_pass_is_compiled_once(config, options, kinds) -> None:
     assert len(graphs.seen) == kinds
 
 
-@pytest.mark.parametrize(("path_pass", "graphs_expected"), [("mixed", 3), pytest.param("separate", 4, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("path_pass", "graphs_expected"), [("mixed", 3), pytest.param("separate", 4, marks=pytest.mark.long)]
+)
 def test_sizes_become_variables_by_themselves(config, path_pass, graphs_expected) -> None:
     """Without ``dynamic=True`` the first change of a size compiles once more; passes of path rows alone have sizes of their own."""
     graphs = Graphs("aot_eager")
