@@ -21,7 +21,7 @@ from .. import allocator
 from ..machine import circumstances
 from .book import Book, Record
 from .configuring import check
-from .plan import Budget, Run, Study
+from .plan import Budget, Run, Study, row_name
 from .tasks import Prepared
 from .training import train
 
@@ -140,7 +140,7 @@ def row(study: Study, book: Book, key: str) -> list[Run]:
                 f"expected a run that the study's file still asks for, got {key!r}; put its method, budget, rate and seed back"
             )
         return [runs[key]]
-    group = next((group for group in study.groups() if "/".join(map(str, group)) == key), None)
+    group = next((group for group in study.groups() if row_name(*group) == key), None)
     if group is None:
         raise ValueError(
             f"expected a row that the study's file still asks for, got {key!r}; put its method and budget back"

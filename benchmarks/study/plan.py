@@ -31,6 +31,11 @@ class Budget(NamedTuple):
 Group = tuple[str, str, Budget]  # task, method, budget
 
 
+def row_name(task: str, method: str, budget: Budget) -> str:
+    """What the command line calls a row of the tables, the runs of a group that count."""
+    return f"{task}/{method}/{budget}"
+
+
 @dataclass(frozen=True)
 class MethodSpec:
     """One method by the name a study gives it.
@@ -111,7 +116,7 @@ class Run:
     @property
     def key(self) -> str:
         """Its name in the study's records."""
-        return f"{self.task}/{self.method}/{self.budget}/lr{self.learning_rate:g}/seed{self.seed}"
+        return f"{row_name(self.task, self.method, self.budget)}/lr{self.learning_rate:g}/seed{self.seed}"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from igulora.benchmarks.study.plan import TaskSpec, Training
 from igulora.benchmarks.study.tasks import Prepared
 from igulora.training.data import Example
 
-from ..training.conftest import make_llama, make_tokenizer
+from ...training.conftest import make_llama, make_tokenizer
 
 
 @pytest.fixture
