@@ -21,12 +21,16 @@ from igulora.config import METHODS
 from .small import FILE, Pretended
 
 
-def test_records_of_other_settings_or_damaged_ones(
-    study: Study, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def path(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The records of the whole small study."""
     Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
     path = tmp_path / "records.jsonl"
     conduct(study, Book(path), lambda _: None)
+    return path
+
+
+def test_records_of_other_settings_or_damaged_ones(file: Path, path: Path) -> None:
     file.write_text(FILE.replace("rows = 4", "rows = 8"))
     with pytest.raises(ValueError, match=r"expected polarity/igu/4-2/lr0.001/seed0 in .* got others for training"):
         conduct(read_study(file), Book(path), lambda _: None)
@@ -36,11 +40,8 @@ def test_records_of_other_settings_or_damaged_ones(
 
 
 def test_a_default_that_changed_is_another_method(
-    study: Study, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Study, file: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
-    path = tmp_path / "records.jsonl"
-    conduct(study, Book(path), lambda _: None)
     monkeypatch.setitem(METHODS["igu"], "combine", "mean")
     with pytest.raises(ValueError, match="expected polarity/igu/4-2/lr0.001/seed0 in .* got others for config"):
         page(study, Book(path))
@@ -56,23 +57,13 @@ def test_a_default_that_changed_is_another_method(
         ("igu", "[methods.igu]", "[methods.igu]\nrank_pattern = { query = 3 }"),
     ],
 )
-def test_an_option_more_is_another_method(
-    study: Study, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, old: str, new: str
-) -> None:
-    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
-    path = tmp_path / "records.jsonl"
-    conduct(study, Book(path), lambda _: None)
+def test_an_option_more_is_another_method(file: Path, path: Path, key: str, old: str, new: str) -> None:
     file.write_text(FILE.replace(old, new))
     with pytest.raises(ValueError, match=f"expected polarity/{key}/4-2/lr0.001/seed0 in .* got others for config"):
         page(read_study(file), Book(path))
 
 
-def test_a_field_that_came_later_changes_nothing(
-    study: Study, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Pretended(monkeypatch, {"igu": 0.9, "fixed": 0.5, "peft-lora": 0.6})
-    path = tmp_path / "records.jsonl"
-    conduct(study, Book(path), lambda _: None)
+def test_a_field_that_came_later_changes_nothing(study: Study, file: Path, path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for record in lines:
         del record["settings"]["training"]["varies"]
