@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from igulora.benchmarks.machine import RESULTS
 from igulora.benchmarks.study.book import Book
+from igulora.benchmarks.study.conduct import done
 from igulora.benchmarks.study.documents import CHOICES, DOCUMENTS, FINDINGS, main, markers
 from igulora.benchmarks.study.reading import read_study
 
@@ -25,6 +26,13 @@ def test_records_are_those_of_the_file(file: Path) -> None:
     assert book.records.keys() <= runs.keys()
     assert all(book.find(study, runs[key]) for key in book.records)  # with the file's settings, and today's defaults
     assert not any(record["versions"]["commit"].endswith("-dirty") for record in book.records.values())
+
+
+@pytest.mark.parametrize("file", [file for file in STUDIES if file.stem == "main"], ids=lambda file: file.stem)
+def test_is_complete(file: Path) -> None:
+    study, book = read_study(file), Book(file.with_suffix("") / "records.jsonl")
+    assert len(study.judged_seeds) == 5
+    assert done(study, book) == study.count
 
 
 def test_the_documents_are_the_rendering(tmp_path: Path) -> None:
