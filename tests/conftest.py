@@ -157,4 +157,4 @@ def trainer() -> Callable[..., tuple[nn.Module, igulora.Controller, torch.optim.
 @pytest.fixture(autouse=True)
 def _allocator_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that time steps set the process's allocator for good; here one process runs many."""
-    monkeypatch.setattr(allocator, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(allocator, "keep_freed_memory", lambda large=True: None)

@@ -210,5 +210,5 @@ def _begin(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the first one decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    allocator.keep_freed_memory()
+    allocator.keep_freed_memory(large=False)
     quieten_transformers()

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     if not args.render:
-        allocator.keep_freed_memory()
+        allocator.keep_freed_memory(large=False)
         quieten_transformers()
     if args.again:
         for which in row(study, book, args.again):
