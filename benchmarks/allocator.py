@@ -15,8 +15,12 @@ from __future__ import annotations
 import ctypes
 import os
 
-KEEPS, KEEPS_SMALL, AS_IT_IS = "glibc, keeps what is freed", "glibc, keeps blocks of up to 32 MiB", "as it is"
 SMALL = 32 << 20  # bytes; the most that glibc takes as a threshold
+KEEPS, KEEPS_SMALL, AS_IT_IS = (
+    "glibc, keeps what is freed",
+    f"glibc, keeps blocks of up to {SMALL >> 20} MiB",
+    "as it is",
+)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
 
 _state = AS_IT_IS
